@@ -1,0 +1,111 @@
+"""What the user sees: the result on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weightctl.errors import WeightctlError
+from weightctl.progress import Progress, Task
+
+if TYPE_CHECKING:
+    import rich.progress
+
+
+def size(count: float) -> str:
+    """`91000000` as `91.0 MB` (decimal units, as disks and the Hub count)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 999.95:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def seconds(count: float) -> str:
+    """A duration, to three digits."""
+    return f"{count * 1000:.0f} ms" if count < 0.9995 else f"{count:.2f} s" if count < 100 else f"{count:.0f} s"
+
+
+def show_json(result: object) -> None:
+    """Print exactly one JSON object (or list): the operation's result."""
+    print(json.dumps(result, default=_plain, indent=2))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"no JSON for {type(value).__name__}")
+
+
+def show(text: object) -> None:
+    """Print a line of the result, as it is."""
+    print(text)
+
+
+def show_error(error: WeightctlError) -> None:
+    """The one way an error is printed."""
+    _print_stderr("error", "bold red", error.message)
+    if error.hint:
+        _print_stderr("hint", "bold", error.hint)
+
+
+def _print_stderr(label: str, style: str, message: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    # A file name may hold anything; a control character in it must not reach the terminal.
+    printable = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
+    Console(stderr=True, soft_wrap=True, highlight=False).print(Text.assemble((f"{label}: ", style), printable))
+
+
+class RichProgress(Progress):
+    """Bars on a terminal; only the notes elsewhere."""
+
+    def __init__(self, bars: rich.progress.Progress) -> None:
+        self._bars = bars
+
+    def task(self, description: str, total: int) -> Task:
+        """A bar by bytes."""
+        return _RichTask(self._bars, self._bars.add_task(description, total=total))
+
+    def note(self, message: str) -> None:
+        """A line on stderr, above the bars."""
+        _print_stderr("note", "bold cyan", message)
+
+
+class _RichTask(Task):
+    def __init__(self, bars: rich.progress.Progress, task: rich.progress.TaskID) -> None:
+        self._bars, self._task = bars, task
+
+    def advance(self, amount: int) -> None:
+        self._bars.advance(self._task, amount)
+
+    def grow(self, amount: int) -> None:
+        bar = next(bar for bar in self._bars.tasks if bar.id == self._task)
+        self._bars.update(self._task, total=(bar.total or 0) + amount)
+
+    def close(self) -> None:
+        self._bars.stop_task(self._task)
+        self._bars.remove_task(self._task)
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """Progress on stderr for the time of the block; bars only if it is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True, highlight=False)
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Bars(*columns, console=console, disable=not sys.stderr.isatty(), transient=True) as bars:
+        yield RichProgress(bars)

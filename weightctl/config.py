@@ -1,0 +1,139 @@
+"""One frozen Config: flag, then WEIGHTCTL_* variable, then weightctl.toml, then default."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from weightctl.errors import UsageError, translated_os_errors
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def _integer(low: int, high: int) -> Callable[[object], int]:
+    def parse(value: object) -> int:
+        if isinstance(value, str):
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise ValueError
+        return value
+
+    return parse
+
+
+def _path(value: object) -> Path:
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise ValueError
+    return Path(value).expanduser()
+
+
+def _device(value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise ValueError
+    return value
+
+
+def _name(value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[a-z][a-z0-9_-]*", value):
+        raise ValueError
+    return value
+
+
+def _setting(parse: Callable[[object], object], allowed: str, meaning: str) -> dict[str, Any]:
+    return {"parse": parse, "allowed": allowed, "meaning": meaning}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting. Defaults suit a machine that is used for nothing else."""
+
+    workers: int = field(
+        default=min(8, os.cpu_count() or 1),
+        metadata=_setting(_integer(1, 256), "a whole number from 1 to 256", "threads that read, hash and write files"),
+    )
+    cache_dir: Path | None = field(
+        default=None,
+        metadata=_setting(_path, "a directory", "where Hub snapshots are kept (default: huggingface_hub's own cache)"),
+    )
+    device: str = field(
+        default="auto",
+        metadata=_setting(_device, "auto, cpu, cuda or cuda:N", "where weights are loaded to"),
+    )
+    strategy: str = field(
+        default="auto",
+        metadata=_setting(_name, "auto or a name that 'weightctl backends' lists", "how weights are loaded"),
+    )
+    runs: int = field(
+        default=3,
+        metadata=_setting(_integer(1, 1000), "a whole number from 1 to 1000", "measured runs of each bench row"),
+    )
+    timeout: int = field(
+        default=600,
+        metadata=_setting(_integer(1, 86400), "seconds, from 1 to 86400", "after which one bench run is stopped"),
+    )
+
+    @classmethod
+    def load(cls, flags: Mapping[str, object] | None = None, directory: Path | None = None) -> Config:
+        """The configuration in force. `flags` whose value is None are not set. Raises UsageError for a bad value."""
+        return cls(**{name: value for name, (value, _) in resolve(flags, directory).items()})
+
+
+def resolve(
+    flags: Mapping[str, object] | None = None, directory: Path | None = None
+) -> dict[str, tuple[Any, str]]:
+    """Every setting's name → its value and where that came from."""
+    files = [(path, _read(path)) for path in config_files(directory)]
+    found: dict[str, tuple[Any, str]] = {}
+    for setting in dataclasses.fields(Config):
+        variable = f"WEIGHTCTL_{setting.name.upper()}"
+        flag = (flags or {}).get(setting.name)
+        if flag is not None:
+            origin = f"--{setting.name.replace('_', '-')}"
+            found[setting.name] = (_parsed(setting, flag, origin), origin)
+        elif os.environ.get(variable):
+            found[setting.name] = (_parsed(setting, os.environ[variable], variable), variable)
+        else:
+            found[setting.name] = (setting.default, "default")
+            for path, values in files:
+                if setting.name in values:
+                    value = _parsed(setting, values[setting.name], f"{path}: {setting.name}")
+                    found[setting.name] = (value, str(path))
+                    break
+    return found
+
+
+def config_files(directory: Path | None = None) -> list[Path]:
+    """The configuration files that exist, the one that wins first."""
+    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    candidates = [(directory or Path()) / "weightctl.toml", home / "weightctl" / "config.toml"]
+    return [path for path in candidates if path.is_file()]
+
+
+def _read(path: Path) -> dict[str, object]:
+    with translated_os_errors(f"read {path}"):
+        text = path.read_bytes()
+    try:
+        values = tomllib.loads(text.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid TOML: {error}") from error
+    known = [setting.name for setting in dataclasses.fields(Config)]
+    for key in values:
+        if key not in known:
+            raise UsageError(f"{path}: unknown key {key!r}", f"known keys: {', '.join(known)}")
+    return values
+
+
+def _parsed(setting: dataclasses.Field[Any], value: object, origin: str) -> object:
+    try:
+        return setting.metadata["parse"](value)
+    except ValueError:
+        raise UsageError(f"{origin} is {value!r}, which is not allowed", f"allowed: {setting.metadata['allowed']}") from None

@@ -1,0 +1,120 @@
+"""A model in a directory: plain files, or a snapshot inside the Hub's cache."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from weightctl.config import Config
+from weightctl.errors import IntegrityError, UsageError, translated_os_errors
+from weightctl.model import File, Reference, Snapshot, matches
+from weightctl.progress import Progress
+from weightctl.sources.base import Plan, Source, sources
+
+NOT_THE_MODEL = (".git", ".cache/huggingface")
+"""Directories in which other tools keep their own records beside a model's files."""
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@sources.register("directory")
+class DirectorySource(Source):
+    """A directory on this machine."""
+
+    summary = "a directory: ./dir, /dir, file:///dir"
+
+    def plan(
+        self,
+        reference: Reference,
+        *,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        to: Path | None = None,
+        config: Config,  # noqa: ARG002
+        progress: Progress,
+    ) -> Plan:
+        """List the directory's files through its links. Raises IntegrityError for what is no part of a model."""
+        if to is not None:
+            raise UsageError(f"{reference} is here already; --to is for models of the Hub", "push-volume copies a model")
+        root = Path(reference.location).absolute()
+        if not root.is_dir():
+            what = "is not a directory" if root.exists() else "does not exist"
+            raise UsageError(f"the model {reference.location!r} {what}", "give the directory that holds its files")
+        snapshot = read_directory(root, include, exclude)
+        for name in NOT_THE_MODEL:
+            if (root / name).is_dir():
+                progress.note(f"{root / name} is left out: it is no part of the model")
+        return Plan(snapshot)
+
+    def fetch(self, plan: Plan, *, verify: bool, config: Config, progress: Progress) -> Snapshot:  # noqa: ARG002
+        """Nothing to bring, and nothing but the files themselves to verify them by."""
+        return plan.snapshot
+
+
+def read_directory(root: Path, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Snapshot:
+    """The snapshot that lies in `root`, unhashed.
+
+    A link may point anywhere inside the model, and in the Hub's cache to the repository's blobs. Raises
+    IntegrityError for links that leave it, cycles, devices, sockets and pipes, UsageError if no file is left.
+    """
+    with translated_os_errors(f"read {root}"):
+        real = root.resolve(strict=True)
+        cached = _hub_cache_entry(real)
+        inside = (real, cached[0] / "blobs") if cached else (real,)
+        files = tuple(
+            file for file in sorted(_walk(real, "", inside, (real,)), key=lambda file: file.path)
+            if matches(file.path, include, exclude)
+        )  # fmt: skip
+    if not files:
+        hint = "the patterns of --include and --exclude match none" if include or exclude else None
+        raise UsageError(f"no files in {root}", hint)
+    if cached:
+        _, repo_id, commit = cached
+        return Snapshot(repo_id, real, files, repo_id=repo_id, revision=commit, commit=commit)
+    return Snapshot(root.resolve().name or "model", real, files)
+
+
+def _hub_cache_entry(root: Path) -> tuple[Path, str, str] | None:
+    """Repository folder, repo_id and commit, if `root` is `…/models--org--name/snapshots/COMMIT`."""
+    repository = root.parent.parent
+    if root.parent.name != "snapshots" or not repository.name.startswith("models--"):
+        return None
+    return repository, repository.name.removeprefix("models--").replace("--", "/"), root.name
+
+
+def _walk(directory: Path, prefix: str, inside: Sequence[Path], above: tuple[Path, ...]) -> Iterator[File]:
+    with os.scandir(directory) as entries:
+        names = sorted(entry.name for entry in entries)
+    for name in names:
+        path, relative = directory / name, prefix + name
+        if relative in NOT_THE_MODEL:
+            continue
+        target = _resolve(path, inside) if path.is_symlink() else path
+        status = target.stat()
+        if stat.S_ISDIR(status.st_mode):
+            if target in above:
+                raise IntegrityError(f"{path} is a link to a directory above it")
+            yield from _walk(target, f"{relative}/", inside, (*above, target))
+        elif stat.S_ISREG(status.st_mode):
+            yield File(relative, status.st_size, target, _named_by_hash(target, inside))
+        else:
+            raise IntegrityError(f"{path} is neither a file nor a directory", "a model holds only files")
+
+
+def _resolve(link: Path, inside: Sequence[Path]) -> Path:
+    try:
+        target = link.resolve(strict=True)
+    except (FileNotFoundError, RuntimeError, OSError) as error:
+        raise IntegrityError(f"{link} is a link to nothing", "pull the model again, or remove the link") from error
+    if not any(target.is_relative_to(directory) for directory in inside):
+        raise IntegrityError(f"{link} is a link that leaves the model: it points to {target}")
+    return target
+
+
+def _named_by_hash(target: Path, inside: Sequence[Path]) -> str | None:
+    """The Hub's cache names the blob of a large file by its SHA-256 (and of a small one by its git blob id)."""
+    in_blobs = len(inside) > 1 and target.parent == inside[1]
+    return target.name if in_blobs and _SHA256.fullmatch(target.name) else None

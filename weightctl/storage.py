@@ -1,0 +1,195 @@
+"""Durable files: hash while copying, atomic writes and renames, locks. Nothing else fsyncs or renames."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+from weightctl.errors import IntegrityError, WeightctlError, translated_os_errors
+from weightctl.progress import Task
+
+BLOCK_BYTES = 4 << 20
+"""Read, hashed and written at a time; two such blocks are in flight for each file."""
+
+Sink = Callable[[memoryview], object]
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def pump(source: BinaryIO, size: int, sinks: Sequence[Sink], task: Task) -> None:
+    """Read exactly `size` bytes from `source` and give every block to every sink, all of them at once.
+
+    Hashing and writing release Python's lock, so the next read, each hash and the write overlap: one pass costs what
+    its slowest part costs. Raises IntegrityError if `source` ends early or goes on.
+    """
+    buffers = [memoryview(bytearray(min(BLOCK_BYTES, max(size, 1)))) for _ in range(2)]
+    left = size
+    with ThreadPoolExecutor(max(1, len(sinks))) as pool:
+        running: list[object] = []
+        for turn in _alternate():
+            block = buffers[turn][: _read_full(source, buffers[turn][: min(left, BLOCK_BYTES)])]
+            for done in running:
+                done.result()  # type: ignore[attr-defined]
+            if not block:
+                break
+            left -= len(block)
+            running = [pool.submit(sink, block) for sink in sinks]
+            task.advance(len(block))
+    if left or source.read(1):
+        raise IntegrityError(
+            f"{source.name} changed while it was read: {size} bytes were expected", "run this again when nothing writes it"
+        )
+
+
+def _alternate() -> Iterator[int]:
+    while True:
+        yield 0
+        yield 1
+
+
+def _read_full(source: BinaryIO, view: memoryview) -> int:
+    """Fill `view`; fewer bytes only at the end of the file."""
+    filled = 0
+    while filled < len(view):
+        count = source.readinto(view[filled:])  # type: ignore[attr-defined]
+        if not count:
+            break
+        filled += count
+    return filled
+
+
+def write_all(stream: BinaryIO) -> Sink:
+    """A sink that writes every byte to the unbuffered `stream` (whose own write may stop short)."""
+
+    def write(block: memoryview) -> None:
+        while len(block):
+            block = block[stream.write(block) :]
+
+    return write
+
+
+def hash_file(path: Path, size: int, task: Task) -> str:
+    """SHA-256 (hex) of the `size` bytes of `path`."""
+    digest = hashlib.sha256()
+    with translated_os_errors(f"read {path}"), path.open("rb", buffering=0) as source:
+        pump(source, size, [digest.update], task)  # type: ignore[arg-type]
+    return digest.hexdigest()
+
+
+def in_parallel(function: Callable[[T], R], items: Iterable[T], workers: int) -> list[R]:
+    """`function` of every item, in order, on up to `workers` threads. The first failure cancels what has not begun."""
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(function, item) for item in items]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            for future in futures:
+                future.cancel()
+        failed = next((future for future in futures if not future.cancelled() and future.exception()), None)
+        return [future.result() for future in ([failed] if failed else futures)]
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the names in a directory durable: a renamed file is only certain to have its name after this."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some FUSE filesystems cannot, and need not
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def make_directories(path: Path) -> None:
+    """Create `path` and its parents, and make each new name durable."""
+    missing = [directory for directory in (path, *path.parents) if not directory.exists()]
+    for directory in reversed(missing):
+        directory.mkdir(exist_ok=True)
+        fsync_directory(directory.parent)
+
+
+def rename(source: Path, destination: Path) -> None:
+    """Rename durably: atomic for every reader, and certain once this returns."""
+    os.rename(source, destination)
+    fsync_directory(destination.parent)
+
+
+@contextlib.contextmanager
+def atomic_write(destination: Path, staging: Path | None = None) -> Iterator[BinaryIO]:
+    """Open an unbuffered file that gets the name `destination` when the block ends, complete and durable.
+
+    Until then it lies in `staging` (the destination's own directory unless given; it must be on the same filesystem)
+    under a name of its own; if the block raises, it is removed and an earlier `destination` stays as it was.
+    """
+    with _temporary(destination, staging) as temporary, temporary.open("xb+", buffering=0) as stream:
+        yield stream
+        _publish(stream.fileno(), temporary, destination)
+
+
+@contextlib.contextmanager
+def atomic_path(destination: Path) -> Iterator[Path]:
+    """Like `atomic_write`, for a writer that opens the file by its path."""
+    with _temporary(destination, None) as temporary:
+        yield temporary
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            _publish(descriptor, temporary, destination)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _temporary(destination: Path, staging: Path | None) -> Iterator[Path]:
+    temporary = (staging or destination.parent) / f".{destination.name[:100]}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
+    try:
+        yield temporary
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _publish(descriptor: int, temporary: Path, destination: Path) -> None:
+    os.fsync(descriptor)
+    rename(temporary, destination)
+
+
+TEMPORARY_SUFFIX = ".weightctl-tmp"
+
+
+def sweep_temporaries(directory: Path) -> None:
+    """Remove what killed writers left in `directory`. Only under a lock that every writer there takes."""
+    for leftover in directory.glob(f".*{TEMPORARY_SUFFIX}"):
+        leftover.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on `path`; a process that dies lets go of it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def check_space(directory: Path, needed: int) -> None:
+    """Raise WeightctlError unless the filesystem of `directory` has room for `needed` bytes."""
+    existing = next(parent for parent in (directory, *directory.parents) if parent.exists())
+    with translated_os_errors(f"look at {existing}"):
+        free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise WeightctlError(
+            f"not enough room in {directory}: {needed} bytes are needed, {free} are free",
+            "free some space there, or choose another destination",
+        )
