@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from weightctl.errors import IntegrityError, UsageError, translated_os_errors
 from weightctl.model import File, Snapshot, check_path
@@ -75,7 +75,7 @@ def read_checkpoint(snapshot: Snapshot) -> Checkpoint:
     if files:
         return Checkpoint("torch", tuple(files))
     raise UsageError(
-        f"no weights in {snapshot.root}", "weightctl reads *.safetensors, *.bin, *.pt and *.pth in the model's directory"
+        f"no weights in {snapshot.root}", "weightctl reads the model directory's *.safetensors, *.bin, *.pt and *.pth"
     )
 
 
@@ -164,24 +164,26 @@ _TRUNCATED = "the file is truncated or damaged: fetch it again"
 
 
 def _entry(file: File, start: int, available: int, name: str, value: Any) -> TensorEntry:
-    where = f"{file.source}: the tensor {name!r}"
+    where = f"{file.source}: the tensor {name[:200]!r}"
     if not isinstance(value, dict):
         raise IntegrityError(f"{where} is not described by an object")
     dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise IntegrityError(f"{where} has the unknown dtype {dtype!r}")
-    if not _naturals(shape) or len(shape) > MAX_DIMENSIONS:
-        raise IntegrityError(f"{where} has the impossible shape {shape!r}")
-    if not _naturals(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= available:
-        raise IntegrityError(f"{where} has offsets outside of the file: {offsets!r}", _TRUNCATED)
+        raise IntegrityError(f"{where} has the unknown dtype {reprlib.repr(dtype)}")
+    if not _naturals(shape, MAX_DIMENSIONS):
+        raise IntegrityError(f"{where} has the impossible shape {reprlib.repr(shape)}")
+    if not _naturals(offsets, 2) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= available:
+        raise IntegrityError(f"{where} has offsets outside of the file: {reprlib.repr(offsets)}", _TRUNCATED)
     nbytes = offsets[1] - offsets[0]
     if math.prod(shape) * DTYPE_BITS[dtype] != nbytes * 8:
-        raise IntegrityError(f"{where} has {nbytes} bytes, which {dtype} of shape {shape} has not")
+        raise IntegrityError(f"{where} has {nbytes} bytes, which {dtype} of shape {reprlib.repr(shape)} has not")
     return TensorEntry(name, file, start + offsets[0], nbytes, dtype, tuple(shape))
 
 
-def _naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
+def _naturals(value: object, most: int) -> TypeGuard[list[int]]:
+    if not isinstance(value, list) or len(value) > most:
+        return False
+    return all(type(item) is int and 0 <= item < 1 << 63 for item in value)
 
 
 def _parse_json(data: bytes, what: str) -> dict[str, Any]:
@@ -190,7 +192,7 @@ def _parse_json(data: bytes, what: str) -> dict[str, Any]:
         if len(found) != len(pairs):
             seen: set[str] = set()
             double = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-            raise IntegrityError(f"{what} has the key {double!r} twice")
+            raise IntegrityError(f"{what} has the key {double[:200]!r} twice")
         return found
 
     try:

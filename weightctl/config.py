@@ -87,9 +87,7 @@ class Config:
         return cls(**{name: value for name, (value, _) in resolve(flags, directory).items()})
 
 
-def resolve(
-    flags: Mapping[str, object] | None = None, directory: Path | None = None
-) -> dict[str, tuple[Any, str]]:
+def resolve(flags: Mapping[str, object] | None = None, directory: Path | None = None) -> dict[str, tuple[Any, str]]:
     """Every setting's name → its value and where that came from."""
     files = [(path, _read(path)) for path in config_files(directory)]
     found: dict[str, tuple[Any, str]] = {}
@@ -122,8 +120,8 @@ def _read(path: Path) -> dict[str, object]:
     with translated_os_errors(f"read {path}"):
         text = path.read_bytes()
     try:
-        values = tomllib.loads(text.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        values: dict[str, object] = tomllib.loads(text.decode())
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}") from error
     known = [setting.name for setting in dataclasses.fields(Config)]
     for key in values:
@@ -136,4 +134,5 @@ def _parsed(setting: dataclasses.Field[Any], value: object, origin: str) -> obje
     try:
         return setting.metadata["parse"](value)
     except ValueError:
-        raise UsageError(f"{origin} is {value!r}, which is not allowed", f"allowed: {setting.metadata['allowed']}") from None
+        hint = f"allowed: {setting.metadata['allowed']}"
+        raise UsageError(f"{origin} is {value!r}, which is not allowed", hint) from None

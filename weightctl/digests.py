@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from weightctl import storage
+from weightctl.errors import translated_os_errors
+from weightctl.model import File
+from weightctl.progress import Progress, Task
 
 RACY_NANOSECONDS = 2_000_000_000
 """A file that changed so recently may change again within its timestamp's grain (2 s on FAT and some network
@@ -65,3 +72,83 @@ class DigestCache:
             columns = "what TEXT, identity TEXT, value TEXT, PRIMARY KEY (what, identity)"
             database.execute(f"CREATE TABLE IF NOT EXISTS digests ({columns})")
             yield database
+
+
+def hash_files(files: Iterable[File], workers: int, cache: DigestCache | None, progress: Progress) -> list[File]:
+    """The files as they really are: each with the digests of its bytes on disk, in place of those claimed of it.
+
+    With a cache, a file that has not changed since it was last hashed is not read again.
+    """
+    files = list(files)
+    with progress.task("verifying", sum(file.size for file in files)) as task:
+        return storage.in_parallel(lambda file: _hash_file(file, cache, task), files, workers)
+
+
+def _hash_file(file: File, cache: DigestCache | None, task: Task) -> File:
+    known = {what: cache.get(what, file.source) if cache else None for what in _wanted(file)}
+    if not all(known.values()):
+        with translated_os_errors(f"read {file.source}"):
+            seen = Identity.of(file.source)
+            known = _read_digests(file, task)
+        if cache:
+            for what, digest in known.items():
+                cache.put(what, file.source, seen, str(digest))
+    else:
+        task.advance(file.size)
+    return dataclasses.replace(file, **known)  # type: ignore[arg-type]
+
+
+def _wanted(file: File) -> tuple[str, ...]:
+    return ("sha256", "git_id") if file.git_id else ("sha256",)
+
+
+def _read_digests(file: File, task: Task) -> dict[str, str | None]:
+    hashes = {"sha256": hashlib.sha256()}
+    if file.git_id:
+        hashes["git_id"] = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+    with file.source.open("rb", buffering=0) as source:
+        storage.pump(source, file.size, [digest.update for digest in hashes.values()], task)
+    return {what: digest.hexdigest() for what, digest in hashes.items()}
+
+
+def check_files(
+    files: Iterable[File], workers: int, cache: DigestCache | None, progress: Progress
+) -> tuple[list[File], list[File]]:
+    """The files as they really are, and those of `files` whose size or digests claim something else."""
+    claimed = list(files)
+    actual = hash_files(claimed, workers, cache, progress)
+    return actual, [file for file, read in zip(claimed, actual, strict=True) if _contradicts(file, read)]
+
+
+def _contradicts(claimed: File, actual: File) -> bool:
+    return any(getattr(claimed, what) not in (None, getattr(actual, what)) for what in ("sha256", "git_id"))
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a reading of every byte found."""
+
+    files: int
+    bytes: int
+    problems: tuple[str, ...]
+    """One sentence each; empty if all is well."""
+
+
+def check_against(expected: Iterable[File], workers: int, progress: Progress) -> Check:
+    """Read every file that should be there, now, and tell a missing one from a cut and from a damaged one."""
+    files = list(expected)
+    problems = []
+    whole = []
+    for file in files:
+        try:
+            size = file.source.stat().st_size
+        except OSError as error:
+            problems.append(f"{file.path} cannot be read: {error.strerror}")
+            continue
+        if size != file.size:
+            problems.append(f"{file.path} has {size} bytes instead of {file.size}")
+        else:
+            whole.append(file)
+    _, damaged = check_files(whole, workers, None, progress)
+    problems += [f"{file.path} is damaged: its bytes are not those that were written" for file in damaged]
+    return Check(len(files), sum(file.size for file in files), tuple(sorted(problems)))

@@ -58,7 +58,7 @@ class Reference:
             directory, _, rest = text.removeprefix("volume:").partition("#")
             name, _, version = rest.partition("@")
             if not directory or not name:
-                raise UsageError(f"not a model in a volume: {text!r}", "write volume:DIR#NAME or volume:DIR#NAME@VERSION")
+                raise UsageError(f"not a model in a volume: {text!r}", "write volume:DIR#NAME[@VERSION]")
             return cls("volume", directory, check_name(name), version or None)
         if text.startswith("file://"):
             path = urllib.parse.unquote(text.removeprefix("file://"))
@@ -111,7 +111,9 @@ class File:
     source: Path
     """Where its bytes lie here: a regular file, links resolved."""
     sha256: str | None = None
-    """What its bytes hash to (64 hex digits); None while nobody has said."""
+    """What its bytes hash to, as its source or a reading of it says (64 hex digits); None while nobody has said."""
+    git_id: str | None = None
+    """Its git blob id (40 hex digits), which is what the Hub gives of a small file."""
 
     @property
     def is_weight(self) -> bool:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -46,7 +46,7 @@ def pump(source: BinaryIO, size: int, sinks: Sequence[Sink], task: Task) -> None
             task.advance(len(block))
     if left or source.read(1):
         raise IntegrityError(
-            f"{source.name} changed while it was read: {size} bytes were expected", "run this again when nothing writes it"
+            f"{source.name} changed while it was read: {size} bytes were expected", "run this when nothing writes it"
         )
 
 
@@ -75,14 +75,6 @@ def write_all(stream: BinaryIO) -> Sink:
             block = block[stream.write(block) :]
 
     return write
-
-
-def hash_file(path: Path, size: int, task: Task) -> str:
-    """SHA-256 (hex) of the `size` bytes of `path`."""
-    digest = hashlib.sha256()
-    with translated_os_errors(f"read {path}"), path.open("rb", buffering=0) as source:
-        pump(source, size, [digest.update], task)  # type: ignore[arg-type]
-    return digest.hexdigest()
 
 
 def in_parallel(function: Callable[[T], R], items: Iterable[T], workers: int) -> list[R]:
@@ -120,47 +112,46 @@ def make_directories(path: Path) -> None:
 
 def rename(source: Path, destination: Path) -> None:
     """Rename durably: atomic for every reader, and certain once this returns."""
-    os.rename(source, destination)
+    source.rename(destination)
     fsync_directory(destination.parent)
+
+
+@dataclass(frozen=True)
+class StagedFile:
+    """A file that nobody sees yet."""
+
+    path: Path
+    stream: BinaryIO
+    """Unbuffered."""
+
+    def publish(self, destination: Path) -> None:
+        """Give the file its name, complete and durable. Whatever had that name is replaced in one step."""
+        os.fsync(self.stream.fileno())
+        rename(self.path, destination)
+
+
+@contextlib.contextmanager
+def staged_file(directory: Path) -> Iterator[StagedFile]:
+    """A new file in `directory`, on the same filesystem as its destination; removed at the end if not published."""
+    path = directory / f"{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
+    try:
+        with path.open("xb+", buffering=0) as stream:
+            yield StagedFile(path, stream)
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_write(destination: Path, staging: Path | None = None) -> Iterator[BinaryIO]:
     """Open an unbuffered file that gets the name `destination` when the block ends, complete and durable.
 
-    Until then it lies in `staging` (the destination's own directory unless given; it must be on the same filesystem)
-    under a name of its own; if the block raises, it is removed and an earlier `destination` stays as it was.
+    Until then it lies in `staging` (the destination's own directory unless given). If the block raises, it is removed
+    and an earlier `destination` stays as it was.
     """
-    with _temporary(destination, staging) as temporary, temporary.open("xb+", buffering=0) as stream:
-        yield stream
-        _publish(stream.fileno(), temporary, destination)
-
-
-@contextlib.contextmanager
-def atomic_path(destination: Path) -> Iterator[Path]:
-    """Like `atomic_write`, for a writer that opens the file by its path."""
-    with _temporary(destination, None) as temporary:
-        yield temporary
-        descriptor = os.open(temporary, os.O_RDONLY)
-        try:
-            _publish(descriptor, temporary, destination)
-        finally:
-            os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _temporary(destination: Path, staging: Path | None) -> Iterator[Path]:
-    temporary = (staging or destination.parent) / f".{destination.name[:100]}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
-    try:
-        yield temporary
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _publish(descriptor: int, temporary: Path, destination: Path) -> None:
-    os.fsync(descriptor)
-    rename(temporary, destination)
+    with staged_file(staging or destination.parent) as staged:
+        yield staged.stream
+        staged.publish(destination)
 
 
 TEMPORARY_SUFFIX = ".weightctl-tmp"
@@ -168,8 +159,32 @@ TEMPORARY_SUFFIX = ".weightctl-tmp"
 
 def sweep_temporaries(directory: Path) -> None:
     """Remove what killed writers left in `directory`. Only under a lock that every writer there takes."""
-    for leftover in directory.glob(f".*{TEMPORARY_SUFFIX}"):
+    for leftover in directory.glob(f"*{TEMPORARY_SUFFIX}"):
         leftover.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def staging_beside(destination: Path) -> Iterator[Path]:
+    """A directory to stage `destination` in, rid of what a killed writer of it left there, and gone at the end.
+
+    Raises WeightctlError if another process is writing `destination`.
+    """
+    staging = destination.parent / f".{destination.name[:50]}{TEMPORARY_SUFFIX}"
+    staging.mkdir(exist_ok=True)
+    descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise WeightctlError(f"another process is writing {destination}", "wait until it has ended") from None
+        sweep_temporaries(staging)
+        try:
+            yield staging
+        finally:
+            with contextlib.suppress(OSError):
+                staging.rmdir()
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

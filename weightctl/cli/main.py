@@ -8,7 +8,7 @@ import typer
 import typer.core
 
 import weightctl
-from weightctl.cli import ui
+from weightctl.cli import backends, bake, config, pull, push_volume, ui
 from weightctl.errors import WeightctlError
 
 
@@ -33,6 +33,7 @@ app = typer.Typer(
     help="Package model weights once; get them into GPU memory as fast as the hardware allows.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -44,6 +45,13 @@ def options(
     if version:
         ui.show(f"weightctl {weightctl.__version__}")
         raise typer.Exit
+
+
+app.command()(pull.pull)
+app.command()(bake.bake)
+app.command()(push_volume.push_volume)
+app.command()(backends.backends)
+app.command()(config.config)
 
 
 def main() -> None:

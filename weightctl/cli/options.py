@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -15,21 +15,21 @@ Model = Annotated[
         show_default=False,
     ),
 ]
-Revision = Annotated[
-    Optional[str], typer.Option(help="Branch, tag or commit of a Hub model.", show_default=False)
-]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.", show_default=False)]
 Include = Annotated[
-    Optional[list[str]], typer.Option(metavar="GLOB", help="Only these files (repeatable).", show_default=False)
+    list[str] | None, typer.Option(metavar="GLOB", help="Only these files (repeatable).", show_default=False)
 ]
 Exclude = Annotated[
-    Optional[list[str]], typer.Option(metavar="GLOB", help="Not these files (repeatable).", show_default=False)
+    list[str] | None, typer.Option(metavar="GLOB", help="Not these files (repeatable).", show_default=False)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would move; touch nothing.")]
 Workers = Annotated[
-    Optional[int], typer.Option(metavar="N", help="Threads that read, hash and write files.", show_default=False)
+    int | None, typer.Option(metavar="N", help="Threads that read, hash and write files.", show_default=False)
 ]
 CacheDir = Annotated[
-    Optional[Path],
-    typer.Option(metavar="DIR", help="Where Hub snapshots are kept [default: the Hub library's cache].", show_default=False),
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="Where Hub snapshots are kept [default: the Hub library's cache].", show_default=False
+    ),
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,9 +44,32 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"no JSON for {type(value).__name__}")
 
 
-def show(text: object) -> None:
-    """Print a line of the result, as it is."""
+def show_result(result: object, as_json: bool, answer: object, summary: str) -> None:
+    """Print the result as JSON, or its one answer on stdout and a summary for the reader on stderr."""
+    if as_json:
+        show_json(result)
+    else:
+        _print_stderr("done", "bold green", summary)
+        print(answer)
+
+
+def show(text: str) -> None:
+    """Print a line of the result."""
     print(text)
+
+
+def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a plain table that fits the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    Console(highlight=False).print(table)
 
 
 def show_error(error: WeightctlError) -> None:

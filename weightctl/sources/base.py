@@ -17,6 +17,8 @@ from weightctl.registry import Backend, Registry
 class Plan:
     """A model as its source lists it, before anything has moved."""
 
+    source: str
+    """The backend that made the plan, and that fetches it."""
     snapshot: Snapshot
     """All files; one that is not here yet has the `source` that it will have."""
     missing: tuple[File, ...] = ()
@@ -46,8 +48,8 @@ class Source(Backend, ABC):
     def fetch(self, plan: Plan, *, verify: bool, config: Config, progress: Progress) -> Snapshot:
         """Bring what is missing. Every file of the snapshot is then where its `source` says.
 
-        With `verify` every file's bytes have been checked against what the source says of them (IntegrityError);
-        without, whoever reads a file still has to compare it with its `sha256`.
+        With `verify` every file has been read, has its SHA-256, and is what the source says of it (IntegrityError
+        otherwise). Without, whoever reads a file has to compare it with its `sha256`, if it has one.
         """
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from weightctl.config import Config
+from weightctl.digests import DigestCache, check_files
 from weightctl.errors import IntegrityError, UsageError, translated_os_errors
 from weightctl.model import File, Reference, Snapshot, matches
 from weightctl.progress import Progress
@@ -17,7 +18,7 @@ from weightctl.sources.base import Plan, Source, sources
 NOT_THE_MODEL = (".git", ".cache/huggingface")
 """Directories in which other tools keep their own records beside a model's files."""
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_HEX = re.compile(r"[0-9a-f]+")
 
 
 @sources.register("directory")
@@ -38,7 +39,7 @@ class DirectorySource(Source):
     ) -> Plan:
         """List the directory's files through its links. Raises IntegrityError for what is no part of a model."""
         if to is not None:
-            raise UsageError(f"{reference} is here already; --to is for models of the Hub", "push-volume copies a model")
+            raise UsageError(f"{reference} is here already; --to is for Hub models", "to copy it, use push-volume")
         root = Path(reference.location).absolute()
         if not root.is_dir():
             what = "is not a directory" if root.exists() else "does not exist"
@@ -47,11 +48,17 @@ class DirectorySource(Source):
         for name in NOT_THE_MODEL:
             if (root / name).is_dir():
                 progress.note(f"{root / name} is left out: it is no part of the model")
-        return Plan(snapshot)
+        return Plan(self.name, snapshot)
 
-    def fetch(self, plan: Plan, *, verify: bool, config: Config, progress: Progress) -> Snapshot:  # noqa: ARG002
-        """Nothing to bring, and nothing but the files themselves to verify them by."""
-        return plan.snapshot
+    def fetch(self, plan: Plan, *, verify: bool, config: Config, progress: Progress) -> Snapshot:
+        """Nothing to bring; in the Hub's cache a file's name says what it has to hash to."""
+        if not verify:
+            return plan.snapshot
+        actual, bad = check_files(plan.snapshot.files, config.workers, DigestCache(), progress)
+        if bad:
+            names = ", ".join(str(file.source) for file in bad)
+            raise IntegrityError(f"not what its name in the Hub's cache says: {names}", "pull the model again")
+        return plan.snapshot.replace_files(actual)
 
 
 def read_directory(root: Path, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Snapshot:
@@ -99,7 +106,7 @@ def _walk(directory: Path, prefix: str, inside: Sequence[Path], above: tuple[Pat
                 raise IntegrityError(f"{path} is a link to a directory above it")
             yield from _walk(target, f"{relative}/", inside, (*above, target))
         elif stat.S_ISREG(status.st_mode):
-            yield File(relative, status.st_size, target, _named_by_hash(target, inside))
+            yield File(relative, status.st_size, target, **_hub_digests(target, inside))
         else:
             raise IntegrityError(f"{path} is neither a file nor a directory", "a model holds only files")
 
@@ -114,7 +121,10 @@ def _resolve(link: Path, inside: Sequence[Path]) -> Path:
     return target
 
 
-def _named_by_hash(target: Path, inside: Sequence[Path]) -> str | None:
-    """The Hub's cache names the blob of a large file by its SHA-256 (and of a small one by its git blob id)."""
-    in_blobs = len(inside) > 1 and target.parent == inside[1]
-    return target.name if in_blobs and _SHA256.fullmatch(target.name) else None
+def _hub_digests(target: Path, inside: Sequence[Path]) -> dict[str, str]:
+    """The Hub's cache names the blob of a large file by its SHA-256 and of a small one by its git blob id."""
+    if len(inside) > 1 and target.parent == inside[1]:
+        kind = {64: "sha256", 40: "git_id"}.get(len(target.name))
+        if kind and _HEX.fullmatch(target.name):
+            return {kind: target.name}
+    return {}

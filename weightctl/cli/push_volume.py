@@ -1,0 +1,45 @@
+"""`weightctl push-volume`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from weightctl.cli import options, ui
+from weightctl.config import Config
+
+
+def push_volume(
+    model: options.Model,
+    volume: Annotated[Path, typer.Argument(metavar="VOLUME", help="The directory where the volume is mounted.")],
+    name: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The model's name there [default: its own].", show_default=False),
+    ] = None,
+    revision: options.Revision = None,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    workers: options.Workers = None,
+    cache_dir: options.CacheDir = None,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+) -> None:
+    """Publish a model as a new version on a volume. Prints the version's directory."""
+    from weightctl.operations.push_volume import plan_push
+    from weightctl.operations.push_volume import push_volume as run
+
+    config = Config.load({"workers": workers, "cache_dir": cache_dir})
+    wanted = {"include": include or (), "exclude": exclude or ()}
+    with ui.progress() as progress:
+        if dry_run:
+            plan = plan_push(model, volume, name=name, revision=revision, **wanted, config=config, progress=progress)
+            todo = "is there already" if plan.exists else f"{plan.files} files, {ui.size(plan.bytes)}, to copy"
+            todo += f"; {ui.size(plan.missing_bytes)} to fetch first" if plan.missing_bytes else ""
+            return ui.show_result(plan, json, volume / plan.name, f"{plan.name}: {todo}")
+        result = run(model, volume, name=name, revision=revision, **wanted, config=config, progress=progress)
+    copied = f"{ui.size(result.copied_bytes)} copied and verified" if result.copied_bytes else "nothing to copy"
+    what = f"{result.name}@{result.version}: {result.files} files, {ui.size(result.bytes)}"
+    done = f"{what}, {copied} in {ui.seconds(result.seconds)}"
+    return ui.show_result(result, json, result.path, done)

@@ -1,0 +1,33 @@
+"""`weightctl verify`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from weightctl.cli import options, ui
+from weightctl.config import Config
+from weightctl.errors import IntegrityError
+
+
+def verify(
+    target: Annotated[
+        str,
+        typer.Argument(metavar="TARGET", help="A model's directory, volume:DIR#name, an OCI layout or a Tensorizer file."),
+    ],
+    workers: options.Workers = None,
+    json: options.Json = False,
+) -> None:
+    """Read every byte and compare it with what it should be. Exits 3 if anything is wrong."""
+    from weightctl.operations.verify import verify as run
+
+    with ui.progress() as progress:
+        result = run(target, config=Config.load({"workers": workers}), progress=progress)
+    if json:
+        ui.show_json(result)
+    if result.problems:
+        raise IntegrityError("; ".join(result.problems), "fetch or make it again")
+    if not json:
+        done = f"{result.files} files, {ui.size(result.bytes)}, verified in {ui.seconds(result.seconds)}"
+        ui.show_result(result, json, target, done)

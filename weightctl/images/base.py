@@ -1,0 +1,56 @@
+"""What a place where images go has to do."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from weightctl.config import Config
+from weightctl.digests import Check
+from weightctl.images.oci import ImageName, ImagePlan
+from weightctl.progress import Progress
+from weightctl.registry import Backend, Registry
+
+
+@dataclass(frozen=True)
+class BakedLayer:
+    """A layer of an image that is where it belongs."""
+
+    digest: str
+    size: int
+    media_type: str
+    files: tuple[str, ...]
+    reused: bool
+    """Whether it was there already."""
+
+
+@dataclass(frozen=True)
+class Baked:
+    """An image that is where it belongs."""
+
+    digest: str
+    """Of the manifest."""
+    layers: tuple[BakedLayer, ...]
+    written_bytes: int
+
+
+class Images(Backend, ABC):
+    """A place where images go."""
+
+    @abstractmethod
+    def __init__(self, location: str) -> None:
+        """`location` is what follows the backend's name in `--to`."""
+
+    @abstractmethod
+    def bake(self, plan: ImagePlan, name: ImageName, *, config: Config, progress: Progress) -> Baked:
+        """Write the planned image under `name`. Nobody sees the name before all of the image is there.
+
+        Raises IntegrityError if a file's bytes are not those that its source claims.
+        """
+
+    @abstractmethod
+    def check(self, *, config: Config, progress: Progress) -> Check:
+        """Read every blob of every image there, and compare digests, sizes and diffIDs."""
+
+
+images: Registry[Images] = Registry("image target")

@@ -1,0 +1,251 @@
+"""The OCI image format: names, layers as tar streams, config and manifest. Reproducible to the byte."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from weightctl import storage
+from weightctl.digests import DigestCache, Identity
+from weightctl.errors import IntegrityError, UsageError
+from weightctl.model import File, Snapshot
+from weightctl.progress import Task
+
+MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+CONFIG = "application/vnd.oci.image.config.v1+json"
+INDEX = "application/vnd.oci.image.index.v1+json"
+LAYER = "application/vnd.oci.image.layer.v1.tar"
+
+LAYER_FORMAT = "1"
+"""Goes up when the same file would become other layer bytes."""
+
+_NAME = re.compile(
+    r"(?:(?P<registry>(?:[a-zA-Z0-9-]+(?:\.[a-zA-Z0-9-]+)+|localhost|[a-zA-Z0-9-]+(?=:\d))(?::\d+)?)/)?"
+    r"(?P<repository>[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*)"
+    r"(?::(?P<tag>\w[\w.-]{0,127}))?"
+)
+
+
+@dataclass(frozen=True)
+class ImageName:
+    """`[registry/]repository[:tag]`, as Docker reads it."""
+
+    registry: str | None
+    repository: str
+    tag: str
+
+    @classmethod
+    def parse(cls, text: str) -> ImageName:
+        """Take a tag apart; `:latest` is added if there is none. Raises UsageError for what is no image name."""
+        match = _NAME.fullmatch(text)
+        if match is None:
+            raise UsageError(
+                f"not an image name: {text!r}", "write [registry/]name[:tag], the name in lower case: llama:v1"
+            )
+        return cls(match["registry"], match["repository"], match["tag"] or "latest")
+
+    def __str__(self) -> str:
+        return f"{self.registry + '/' if self.registry else ''}{self.repository}:{self.tag}"
+
+    @property
+    def canonical(self) -> str:
+        """With the registry that engines assume."""
+        if self.registry:
+            return str(self)
+        return f"docker.io/{'' if '/' in self.repository else 'library/'}{self}"
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """A blob: what it is, its digest and its size in bytes."""
+
+    media_type: str
+    digest: str
+    size: int
+
+    @classmethod
+    def of(cls, media_type: str, content: bytes) -> Descriptor:
+        """The descriptor of `content`."""
+        return cls(media_type, f"sha256:{hashlib.sha256(content).hexdigest()}", len(content))
+
+    def to_json(self) -> dict[str, Any]:
+        """As manifests and indexes hold it."""
+        return {"mediaType": self.media_type, "digest": self.digest, "size": self.size}
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """A layer to be: some of the model's files, under the directory that the image keeps them in."""
+
+    directory: str
+    files: tuple[File, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tar stream, known before anything is read."""
+        headers = sum(len(header) for header, _ in self.members())
+        return _padded(headers + sum(_padded(file.size) for file in self.files) + len(_END), tarfile.RECORDSIZE)
+
+    @property
+    def key(self) -> str:
+        """What, apart from the bytes of the files, makes up the layer's bytes."""
+        names = [self.directory, *(file.path for file in self.files)]
+        return f"layer:{LAYER_FORMAT}:{json.dumps(names)}"
+
+    def members(self) -> Iterator[tuple[bytes, File | None]]:
+        """Every entry's tar header, and the file whose bytes follow it."""
+        targets = [(PurePosixPath(self.directory) / file.path, file) for file in self.files]
+        directories = {parent for target, _ in targets for parent in target.parents if parent.name}
+        for directory in sorted(directories):
+            yield _tar_header(f"{str(directory).lstrip('/')}", None), None
+        for target, file in targets:
+            yield _tar_header(str(target).lstrip("/"), file.size), file
+
+
+def write_layer(layer: LayerPlan, sinks: Sequence[storage.Sink], task: Task) -> str:
+    """Give the layer's bytes to every sink; return their digest, and remember it.
+
+    Every file's bytes are compared with what its source claims of them, unless they were before and have not changed
+    since. Raises IntegrityError if they differ, or if a file has not the length that it had.
+    """
+    cache = DigestCache()
+    digest = hashlib.sha256()
+    sinks = [digest.update, *sinks]
+    written = 0
+    identities = {}
+
+    def put(block: bytes) -> None:
+        nonlocal written
+        written += len(block)
+        for sink in sinks:
+            sink(memoryview(block))
+
+    for header, file in layer.members():
+        put(header)
+        if file is None:
+            continue
+        identities[file] = seen = Identity.of(file.source)
+        unproven = file.sha256 is not None and cache.get("sha256", file.source) != file.sha256
+        content = hashlib.sha256()
+        with file.source.open("rb", buffering=0) as source:
+            storage.pump(source, file.size, [*sinks, content.update] if unproven else sinks, task)
+        if unproven and content.hexdigest() != file.sha256:
+            raise IntegrityError(
+                f"{file.source} is damaged: it hashes to {content.hexdigest()}, not to {file.sha256}",
+                "pull the model again",
+            )
+        if unproven:
+            cache.put("sha256", file.source, seen, content.hexdigest())
+        written += file.size
+        put(bytes(_padded(written) - written))
+    put(bytes(layer.size - written))
+    if len(layer.files) == 1:
+        cache.put(layer.key, layer.files[0].source, identities[layer.files[0]], f"sha256:{digest.hexdigest()}")
+    return f"sha256:{digest.hexdigest()}"
+
+
+_END = bytes(2 * tarfile.BLOCKSIZE)
+
+
+def _padded(size: int, to: int = tarfile.BLOCKSIZE) -> int:
+    return -(-size // to) * to
+
+
+def _tar_header(name: str, size: int | None) -> bytes:
+    """The header of a file of `size` bytes, or of a directory: root's, from the year 1970, 0644 or 0755."""
+    entry = tarfile.TarInfo(name)
+    if size is None:
+        entry.type, entry.mode = tarfile.DIRTYPE, 0o755
+    else:
+        entry.size, entry.mode = size, 0o644
+    try:
+        return entry.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict")
+    except UnicodeEncodeError as error:
+        raise IntegrityError(f"the file name {name!r} is not UTF-8", "rename it: images hold UTF-8 names") from error
+
+
+@dataclass(frozen=True)
+class ImagePlan:
+    """An image to be: its layers, and what its config and manifest say besides."""
+
+    layers: tuple[LayerPlan, ...]
+    directory: str
+    """Where the model's files are in the image."""
+    platform: str
+    """`os/architecture[/variant]`."""
+    annotations: Mapping[str, str]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all layers."""
+        return sum(layer.size for layer in self.layers)
+
+    def config(self, layers: list[Descriptor]) -> bytes:
+        """The image config, given the layers as written (uncompressed: a digest is also the diffID)."""
+        os_name, architecture, *variant = self.platform.split("/")
+        return _canonical({
+            "architecture": architecture,
+            "os": os_name,
+            **({"variant": variant[0]} if variant else {}),
+            "config": {"Env": [f"{MODEL_DIRECTORY_VARIABLE}={self.directory}"]},
+            "rootfs": {"type": "layers", "diff_ids": [layer.digest for layer in layers]},
+            "history": [{"created_by": f"weightctl bake: {_contents(layer)}"} for layer in self.layers],
+        })  # fmt: skip
+
+    def manifest(self, config: Descriptor, layers: list[Descriptor]) -> bytes:
+        """The image manifest."""
+        return _canonical({
+            "schemaVersion": 2,
+            "mediaType": MANIFEST,
+            "config": config.to_json(),
+            "layers": [layer.to_json() for layer in layers],
+            **({"annotations": dict(self.annotations)} if self.annotations else {}),
+        })  # fmt: skip
+
+
+MODEL_DIRECTORY_VARIABLE = "WEIGHTCTL_MODEL_DIR"
+
+
+def _contents(layer: LayerPlan) -> str:
+    return layer.files[0].path if len(layer.files) == 1 else f"{len(layer.files)} small files"
+
+
+def _canonical(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def plan_image(snapshot: Snapshot, directory: str, platform: str, created: str | None) -> ImagePlan:
+    """One layer with all small files, which change most easily together, then one a weight file, by path."""
+    small = tuple(file for file in snapshot.files if not file.is_weight)
+    groups = [small] if small else []
+    groups += [(file,) for file in snapshot.files if file.is_weight]
+    annotations = {}
+    if snapshot.repo_id:
+        annotations["org.opencontainers.image.source"] = f"https://huggingface.co/{snapshot.repo_id}"
+    if snapshot.commit:
+        annotations["org.opencontainers.image.revision"] = snapshot.commit
+    if created:
+        annotations["org.opencontainers.image.created"] = created
+    layers = tuple(LayerPlan(directory, files) for files in groups)
+    return ImagePlan(layers, directory, platform, annotations)
+
+
+def check_directory(path: str) -> str:
+    """Return `path` if it can be the directory of a model in an image; raise UsageError otherwise."""
+    parts = path.split("/")[1:]
+    if not path.startswith("/") or not parts or any(part in ("", ".", "..") for part in parts) or "\0" in path:
+        raise UsageError(f"not a directory for the model: {path!r}", "give an absolute path below /: /models/llama")
+    return path
+
+
+def check_platform(platform: str) -> str:
+    """Return `platform` if it reads OS/ARCH[/VARIANT]; raise UsageError otherwise."""
+    if not re.fullmatch(r"[a-z0-9]+/[a-z0-9]+(/[a-z0-9]+)?", platform):
+        raise UsageError(f"not a platform: {platform!r}", "write os/architecture: linux/amd64 or linux/arm64")
+    return platform

@@ -1,0 +1,105 @@
+"""Publish a model as a version on a volume."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from weightctl.config import Config
+from weightctl.model import check_name
+from weightctl.operations import resolve
+from weightctl.progress import Progress
+from weightctl.volumes import volumes
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """A version that readers of the volume can see."""
+
+    volume: Path
+    name: str
+    version: str
+    path: Path
+    files: int
+    bytes: int
+    copied_bytes: int
+    reused_bytes: int
+    verified: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PushPlan:
+    """What a push would copy."""
+
+    volume: Path
+    name: str
+    files: int
+    bytes: int
+    missing_bytes: int
+    """Of the model, what would first have to be fetched."""
+    exists: bool
+    """Whether the volume is known to have this version already."""
+
+
+def push_volume(
+    model: str,
+    volume: Path,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    config: Config,
+    progress: Progress,
+) -> PushResult:
+    """Copy `model` to `volume` as a version of `name` (its own name unless given) and make that the latest.
+
+    Every file is hashed while it is copied and compared with what its source says of it.
+    """
+    began = time.monotonic()
+    target = volumes.get("directory")(volume)
+    snapshot = resolve.resolve(
+        model, revision=revision, include=include, exclude=exclude, verify=False, config=config, progress=progress
+    )
+    name = check_name(name or snapshot.name)
+    published = target.publish(snapshot, name, config=config, progress=progress)
+    return PushResult(
+        volume=volume.absolute(),
+        name=name,
+        version=published.version,
+        path=published.path,
+        files=len(snapshot.files),
+        bytes=snapshot.bytes,
+        copied_bytes=published.copied_bytes,
+        reused_bytes=published.reused_bytes,
+        verified=True,
+        seconds=time.monotonic() - began,
+    )
+
+
+def plan_push(
+    model: str,
+    volume: Path,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    config: Config,
+    progress: Progress,
+) -> PushPlan:
+    """What `push_volume` would do. Touches nothing."""
+    target = volumes.get("directory")(volume)
+    found = resolve.plan(model, revision=revision, include=include, exclude=exclude, config=config, progress=progress)
+    name = check_name(name or found.snapshot.name)
+    return PushPlan(
+        volume=volume.absolute(),
+        name=name,
+        files=len(found.snapshot.files),
+        bytes=found.snapshot.bytes,
+        missing_bytes=sum(file.size for file in found.missing),
+        exists=not found.missing and target.find(found.snapshot, name) is not None,
+    )
