@@ -6,7 +6,10 @@ from weightctl.cli import options, ui
 
 
 def backends(json: options.Json = False) -> None:
-    """List every backend, whether it works here, and what to install if not."""
+    """List every backend.
+
+    Whether it works here, and what to install if not.
+    """
     from weightctl.operations.backends import list_backends
 
     found = list_backends()

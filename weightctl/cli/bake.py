@@ -34,7 +34,10 @@ def bake(
     dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
-    """Put a model into a container image, a layer for each weight file. Prints the image's digest."""
+    """Write a model as a container image.
+
+    Each weight file is a layer of its own. Prints the image's digest.
+    """
     from weightctl.operations.bake import Recipe, plan_bake
     from weightctl.operations.bake import bake as run
 

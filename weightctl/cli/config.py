@@ -9,7 +9,7 @@ from weightctl.config import Config, resolve
 
 
 def config(json: options.Json = False) -> None:
-    """Show every setting, its value and where that comes from."""
+    """Show every setting and its origin."""
     settings = {
         setting.name: {
             "value": value if value is None or isinstance(value, (int, str)) else str(value),

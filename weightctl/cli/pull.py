@@ -25,7 +25,10 @@ def pull(
     dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
-    """Fetch a model from the Hugging Face Hub and check every byte. Prints where it lies."""
+    """Fetch a model and check every byte.
+
+    Prints the directory that holds it.
+    """
     from weightctl.operations.pull import plan_pull
     from weightctl.operations.pull import pull as run
 

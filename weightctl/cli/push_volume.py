@@ -26,7 +26,10 @@ def push_volume(
     dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
-    """Publish a model as a new version on a volume. Prints the version's directory."""
+    """Publish a model on a volume.
+
+    It becomes a new version, and the latest one. Prints the version's directory.
+    """
     from weightctl.operations.push_volume import plan_push
     from weightctl.operations.push_volume import push_volume as run
 

@@ -14,12 +14,17 @@ from weightctl.errors import IntegrityError
 def verify(
     target: Annotated[
         str,
-        typer.Argument(metavar="TARGET", help="A model's directory, volume:DIR#name, an OCI layout or a Tensorizer file."),
+        typer.Argument(
+            metavar="TARGET", help="A model's directory, volume:DIR#name, an OCI layout or a Tensorizer file."
+        ),
     ],
     workers: options.Workers = None,
     json: options.Json = False,
 ) -> None:
-    """Read every byte and compare it with what it should be. Exits 3 if anything is wrong."""
+    """Read and compare every byte.
+
+    Exits 3 if anything is not what it should be.
+    """
     from weightctl.operations.verify import verify as run
 
     with ui.progress() as progress:
