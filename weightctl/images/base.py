@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from weightctl.config import Config
 from weightctl.digests import Check
-from weightctl.images.oci import ImageName, ImagePlan
+from weightctl.images.oci import ImageName, ImagePlan, LayerPlan, WrittenLayer
 from weightctl.progress import Progress
 from weightctl.registry import Backend, Registry
 
@@ -22,6 +23,20 @@ class BakedLayer:
     files: tuple[str, ...]
     reused: bool
     """Whether it was there already."""
+
+
+def describe(layers: Iterable[LayerPlan], written: Iterable[tuple[WrittenLayer, bool]]) -> tuple[BakedLayer, ...]:
+    """The result rows of layers as written, each with whether it was there already."""
+    return tuple(
+        BakedLayer(
+            digest=layer.blob.digest,
+            size=layer.blob.size,
+            media_type=layer.blob.media_type,
+            files=tuple(file.path for file in plan.files),
+            reused=reused,
+        )
+        for plan, (layer, reused) in zip(layers, written, strict=True)
+    )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from weightctl import storage
 from weightctl.config import Config
 from weightctl.digests import Check, DigestCache, check_against, check_files
 from weightctl.errors import IntegrityError, UsageError, translated_os_errors
-from weightctl.images.base import Baked, BakedLayer, Images, images
+from weightctl.images.base import Baked, Images, describe, images
 from weightctl.images.oci import (
     CONFIG,
     INDEX,
@@ -24,6 +24,8 @@ from weightctl.images.oci import (
     ImageName,
     ImagePlan,
     LayerPlan,
+    WrittenLayer,
+    plain_layer,
     write_layer,
 )
 from weightctl.model import File
@@ -52,41 +54,45 @@ class LayoutImages(Images):
     def bake(self, plan: ImagePlan, name: ImageName, *, config: Config, progress: Progress) -> Baked:
         """See `Images.bake`. A blob that is there already is not written again."""
         with translated_os_errors(f"write the image layout {self.path}"), self._writing():
-            storage.check_space(self.path, sum(layer.size for layer in plan.layers if self.existing(layer) is None))
+            storage.check_space(self.path, sum(layer.size for layer in plan.layers if not self._may_hold(layer.size)))
             with progress.task("baking", sum(file.size for layer in plan.layers for file in layer.files)) as task:
                 layers = storage.in_parallel(lambda layer: self._write_layer(layer, task), plan.layers, config.workers)
-            descriptors = [Descriptor(layer.media_type, layer.digest, layer.size) for layer in layers]
-            image_config = plan.config(descriptors)
-            manifest = plan.manifest(Descriptor.of(CONFIG, image_config), descriptors)
-            written = sum(layer.size for layer in layers if not layer.reused)
-            written += sum(self._write_small(content) for content in (image_config, manifest))
+            written = [layer for layer, _ in layers]
+            image_config = plan.config(written)
+            manifest = plan.manifest(Descriptor.of(CONFIG, image_config), written)
+            new_bytes = sum(layer.blob.size for layer, reused in layers if not reused)
+            new_bytes += sum(self._write_small(content) for content in (image_config, manifest))
             self._name(Descriptor.of(MANIFEST, manifest), name, plan.platform)
-        return Baked(Descriptor.of(MANIFEST, manifest).digest, tuple(layers), written)
+        return Baked(Descriptor.of(MANIFEST, manifest).digest, describe(plan.layers, layers), new_bytes)
 
     def check(self, *, config: Config, progress: Progress) -> Check:
         """See `Images.check`."""
         if not (self.path / "oci-layout").is_file():
             raise UsageError(f"{self.path} is no OCI image layout", "it has no file 'oci-layout'")
         blobs: dict[str, File] = {}
-        problems: list[str] = []
+        problems = [] if (self.path / "index.json").exists() else ["index.json is missing"]
         for entry in self._read_index()["manifests"]:
             try:
                 self._list_image(entry, blobs, problems)
-            except (KeyError, TypeError, ValueError, IntegrityError) as error:
+            except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError, IntegrityError) as error:
                 problems.append(f"the manifest {entry['digest']} is malformed: {error!r}")
         found = check_against(blobs.values(), config.workers, progress)
         return dataclasses.replace(found, problems=(*found.problems, *problems))
 
     def _list_image(self, entry: dict[str, Any], blobs: dict[str, File], problems: list[str]) -> None:
-        """Add the blobs that an image is made of, and its diffIDs that are wrong."""
-        manifest = self._read_json_blob(entry, blobs)
-        if manifest is None or manifest.get("mediaType") != MANIFEST:
+        """Add the blobs that an image, or each image of an index, is made of, and its diffIDs that are wrong."""
+        if entry["digest"] in blobs or (manifest := self._read_json_blob(entry, blobs)) is None:
+            return
+        if "manifests" in manifest:
+            for child in manifest["manifests"]:
+                self._list_image(child, blobs, problems)
             return
         for layer in manifest["layers"]:
             self._expect(layer, blobs)
         config = self._read_json_blob(manifest["config"], blobs)
-        diff_ids = config["rootfs"]["diff_ids"] if config else [layer["digest"] for layer in manifest["layers"]]
-        for layer, diff_id in zip(manifest["layers"], diff_ids, strict=True):
+        if config is None or manifest["config"]["mediaType"] != CONFIG:
+            return
+        for layer, diff_id in zip(manifest["layers"], config["rootfs"]["diff_ids"], strict=True):
             if layer["mediaType"] == LAYER and layer["digest"] != diff_id:
                 problems.append(f"the layer {layer['digest']} has the diffID {diff_id} in the config")
 
@@ -111,13 +117,17 @@ class LayoutImages(Images):
     def _writing(self) -> Iterator[None]:
         """Alone in a directory that is a layout, or becomes one."""
         marker = self.path / "oci-layout"
-        if not marker.exists() and self.path.exists() and any(self.path.iterdir()) and not self._staging.exists():
-            raise UsageError(f"{self.path} is not empty and is no OCI layout", "choose another directory")
+        if not marker.exists() and self.path.exists():
+            strangers = {path.name for path in self.path.iterdir()} - {self._staging.name, "blobs"}
+            if strangers:
+                raise UsageError(f"{self.path} is not empty and is no OCI layout", "choose another directory")
         for directory in (self._blobs, self._staging):
             storage.make_directories(directory)
         with storage.lock(self._staging / "lock"):
             storage.sweep_temporaries(self._staging)
-            self._write_json(marker, {"imageLayoutVersion": "1.0.0"})
+            self._read_index()  # a damaged one ends this before the work, not after it
+            if not marker.exists():
+                self._write_json(marker, {"imageLayoutVersion": "1.0.0"})
             yield
 
     def _write_json(self, path: Path, value: object) -> None:
@@ -143,18 +153,19 @@ class LayoutImages(Images):
         _, damaged = check_files([blob], 1, DigestCache(), Progress())
         return not damaged
 
-    def _write_layer(self, layer: LayerPlan, task: Task) -> BakedLayer:
+    def _write_layer(self, layer: LayerPlan, task: Task) -> tuple[WrittenLayer, bool]:
+        """The layer's blob, and whether it was there already."""
         digest = self.existing(layer)
         if digest is None and self._may_hold(layer.size):
             found = write_layer(layer, [], Task())
             digest = found if self._holds(found, layer.size) else None
         if digest is not None:
             task.advance(sum(file.size for file in layer.files))
-            return _baked(layer, digest, reused=True)
+            return plain_layer(layer, digest), True
         with storage.staged_file(self._staging) as staged:
             digest = write_layer(layer, [storage.write_all(staged.stream)], task)
             staged.publish(self.blob(digest))
-        return _baked(layer, digest, reused=False)
+        return plain_layer(layer, digest), False
 
     def _may_hold(self, size: int) -> bool:
         """Whether some blob has this size: then hashing the layer first may save writing it."""
@@ -172,20 +183,27 @@ class LayoutImages(Images):
         path = self.path / "index.json"
         if not path.exists():
             return {"schemaVersion": 2, "mediaType": INDEX, "manifests": []}
+        with translated_os_errors(f"read {path}"):
+            content = path.read_bytes()
         try:
-            index = json.loads(path.read_bytes())
-            assert all(isinstance(entry["digest"], str) for entry in index["manifests"])
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            index: dict[str, Any] = json.loads(content)
+            for entry in index["manifests"]:
+                if not isinstance(entry["digest"], str) or not isinstance(entry.get("annotations") or {}, dict):
+                    raise ValueError("an entry is malformed")
+        except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise IntegrityError(f"{path} is damaged: it is no OCI image index", "choose another directory") from error
-        return index  # type: ignore[no-any-return]
+        return index
 
     def _name(self, manifest: Descriptor, name: ImageName, platform: str) -> None:
-        """Let the name mean this image, and no other."""
+        """Let the name mean this image, and no other; so does its tag alone, which is all that most tools look at."""
         index = self._read_index()
-        others = [
-            entry for entry in index["manifests"]
-            if (entry.get("annotations") or {}).get(NAME_ANNOTATION) != name.canonical
-        ]  # fmt: skip
+        others = []
+        for entry in index["manifests"]:
+            annotations = entry.get("annotations") or {}
+            full, tag = annotations.get(NAME_ANNOTATION), annotations.get(TAG_ANNOTATION)
+            if full == name.canonical or (full is None and tag == name.tag):
+                continue
+            others.append({**entry, "annotations": {**annotations, TAG_ANNOTATION: full}} if tag == name.tag else entry)
         os_name, architecture, *variant = platform.split("/")
         entry = {
             **manifest.to_json(),
@@ -195,7 +213,3 @@ class LayoutImages(Images):
             "annotations": {NAME_ANNOTATION: name.canonical, TAG_ANNOTATION: name.tag},
         }  # fmt: skip
         self._write_json(self.path / "index.json", {**index, "manifests": [*others, entry]})
-
-
-def _baked(layer: LayerPlan, digest: str, *, reused: bool) -> BakedLayer:
-    return BakedLayer(digest, layer.size, LAYER, tuple(file.path for file in layer.files), reused)

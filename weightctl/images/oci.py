@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import io
 import json
+import os
 import re
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from weightctl import storage
-from weightctl.digests import DigestCache, Identity
+from weightctl.digests import DigestCache, unchanging
 from weightctl.errors import IntegrityError, UsageError
 from weightctl.model import File, Snapshot
 from weightctl.progress import Task
@@ -28,7 +32,8 @@ LAYER_FORMAT = "1"
 _NAME = re.compile(
     r"(?:(?P<registry>(?:[a-zA-Z0-9-]+(?:\.[a-zA-Z0-9-]+)+|localhost|[a-zA-Z0-9-]+(?=:\d))(?::\d+)?)/)?"
     r"(?P<repository>[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*)"
-    r"(?::(?P<tag>\w[\w.-]{0,127}))?"
+    r"(?::(?P<tag>\w[\w.-]{0,127}))?",
+    re.ASCII,
 )
 
 
@@ -80,6 +85,28 @@ class Descriptor:
 
 
 @dataclass(frozen=True)
+class WrittenLayer:
+    """A layer that exists: its blob, and the digest of its uncompressed tar stream."""
+
+    blob: Descriptor
+    diff_id: str
+
+
+@dataclass(frozen=True)
+class BaseImage:
+    """An image that the model's layers are put on; its layers stay the blobs that they are."""
+
+    name: str
+    config: Mapping[str, Any]
+    """Its image config, parsed."""
+    layers: tuple[WrittenLayer, ...]
+    open: Callable[[Descriptor], BinaryIO]
+    """A blob's bytes. Raises WeightctlError if they cannot be had; whoever reads them checks the digest."""
+    repository: ImageName | None = None
+    """The registry's repository that holds its blobs, from which the same registry can mount them."""
+
+
+@dataclass(frozen=True)
 class LayerPlan:
     """A layer to be: some of the model's files, under the directory that the image keeps them in."""
 
@@ -112,7 +139,7 @@ def write_layer(layer: LayerPlan, sinks: Sequence[storage.Sink], task: Task) -> 
     """Give the layer's bytes to every sink; return their digest, and remember it.
 
     Every file's bytes are compared with what its source claims of them, unless they were before and have not changed
-    since. Raises IntegrityError if they differ, or if a file has not the length that it had.
+    since. Raises IntegrityError if they differ, or if a file changes meanwhile.
     """
     cache = DigestCache()
     digest = hashlib.sha256()
@@ -130,10 +157,10 @@ def write_layer(layer: LayerPlan, sinks: Sequence[storage.Sink], task: Task) -> 
         put(header)
         if file is None:
             continue
-        identities[file] = seen = Identity.of(file.source)
         unproven = file.sha256 is not None and cache.get("sha256", file.source) != file.sha256
         content = hashlib.sha256()
-        with file.source.open("rb", buffering=0) as source:
+        with unchanging(file.source) as seen, file.source.open("rb", buffering=0) as source:
+            identities[file] = seen
             storage.pump(source, file.size, [*sinks, content.update] if unproven else sinks, task)
         if unproven and content.hexdigest() != file.sha256:
             raise IntegrityError(
@@ -148,6 +175,86 @@ def write_layer(layer: LayerPlan, sinks: Sequence[storage.Sink], task: Task) -> 
     if len(layer.files) == 1:
         cache.put(layer.key, layer.files[0].source, identities[layer.files[0]], f"sha256:{digest.hexdigest()}")
     return f"sha256:{digest.hexdigest()}"
+
+
+def plain_layer(layer: LayerPlan, digest: str) -> WrittenLayer:
+    """The layer as an uncompressed blob, whose digest is its diffID too."""
+    return WrittenLayer(Descriptor(LAYER, digest, layer.size), digest)
+
+
+class LayerReader(io.RawIOBase):
+    """A layer's bytes as a file, from any offset: what an upload that broke off goes on with.
+
+    It hashes nothing: whoever receives the bytes compares them with the digest that `write_layer` found.
+    """
+
+    def __init__(self, layer: LayerPlan) -> None:
+        self._parts: list[tuple[int, int, bytes | File]] = []
+        self._position = 0
+        self._open: tuple[File, BinaryIO] | None = None
+        for header, file in layer.members():
+            self._add(header, len(header))
+            if file is not None:
+                self._add(file, file.size)
+                self._add(padding := bytes(_padded(file.size) - file.size), len(padding))
+        end = self._parts[-1][1]
+        self._add(bytes(layer.size - end), layer.size - end)
+
+    def _add(self, content: bytes | File, length: int) -> None:
+        start = self._parts[-1][1] if self._parts else 0
+        self._parts.append((start, start + length, content))
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def tell(self) -> int:
+        """The offset of the next byte."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to an offset, as any file does."""
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._parts[-1][1]}[whence]
+        self._position = origin + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Up to the end of the entry that the position is in. Raises IntegrityError if a file has become shorter."""
+        view = memoryview(buffer).cast("B")
+        index = bisect.bisect_right(self._parts, self._position, key=lambda part: part[1])
+        if index == len(self._parts) or not len(view):
+            return 0
+        start, end, content = self._parts[index]
+        view = view[: end - self._position]
+        if isinstance(content, bytes):
+            view[:] = content[self._position - start :][: len(view)]
+            count = len(view)
+        else:
+            count = os.preadv(self._descriptor(content), [view], self._position - start)
+            if not count:
+                raise IntegrityError(f"{content.source} changed while it was read", "run this when nothing writes it")
+        self._position += count
+        return count
+
+    def _descriptor(self, file: File) -> int:
+        if self._open is None or self._open[0] != file:
+            self._close_file()
+            self._open = (file, file.source.open("rb", buffering=0))
+        return self._open[1].fileno()
+
+    def _close_file(self) -> None:
+        if self._open is not None:
+            self._open[1].close()
+            self._open = None
+
+    def close(self) -> None:
+        """Also closes the model's file."""
+        self._close_file()
+        super().close()
 
 
 _END = bytes(2 * tarfile.BLOCKSIZE)
@@ -180,36 +287,48 @@ class ImagePlan:
     platform: str
     """`os/architecture[/variant]`."""
     annotations: Mapping[str, str]
+    base: BaseImage | None = None
 
     @property
     def size(self) -> int:
         """Bytes of all layers."""
         return sum(layer.size for layer in self.layers)
 
-    def config(self, layers: list[Descriptor]) -> bytes:
-        """The image config, given the layers as written (uncompressed: a digest is also the diffID)."""
+    def config(self, layers: Sequence[WrittenLayer]) -> bytes:
+        """The image config, given the model's layers as written: the base's, and what the model adds to it."""
+        base: dict[str, Any] = dict(self.base.config) if self.base else {}
         os_name, architecture, *variant = self.platform.split("/")
-        return _canonical({
+        settings = dict(base.get("config") or {})
+        own = f"{MODEL_DIRECTORY_VARIABLE}={self.directory}"
+        inherited = [item for item in settings.get("Env") or [] if not item.startswith(f"{MODEL_DIRECTORY_VARIABLE}=")]
+        below = self.base.layers if self.base else ()
+        history = [{"created_by": f"weightctl bake: {_contents(layer)}"} for layer in self.layers]
+        config: dict[str, Any] = {
+            **{key: base[key] for key in ("author", "created", "os.version", "os.features") if key in base},
+            **({"created": self.annotations[CREATED]} if CREATED in self.annotations else {}),
             "architecture": architecture,
             "os": os_name,
             **({"variant": variant[0]} if variant else {}),
-            "config": {"Env": [f"{MODEL_DIRECTORY_VARIABLE}={self.directory}"]},
-            "rootfs": {"type": "layers", "diff_ids": [layer.digest for layer in layers]},
-            "history": [{"created_by": f"weightctl bake: {_contents(layer)}"} for layer in self.layers],
-        })  # fmt: skip
+            "config": {**settings, "Env": [*inherited, own]},
+            "rootfs": {"type": "layers", "diff_ids": [layer.diff_id for layer in (*below, *layers)]},
+            "history": [*(base.get("history") or []), *history],
+        }  # fmt: skip
+        return _canonical(config)
 
-    def manifest(self, config: Descriptor, layers: list[Descriptor]) -> bytes:
-        """The image manifest."""
+    def manifest(self, config: Descriptor, layers: Sequence[WrittenLayer]) -> bytes:
+        """The image manifest, given the model's layers as written."""
+        below = self.base.layers if self.base else ()
         return _canonical({
             "schemaVersion": 2,
             "mediaType": MANIFEST,
             "config": config.to_json(),
-            "layers": [layer.to_json() for layer in layers],
+            "layers": [layer.blob.to_json() for layer in (*below, *layers)],
             **({"annotations": dict(self.annotations)} if self.annotations else {}),
         })  # fmt: skip
 
 
 MODEL_DIRECTORY_VARIABLE = "WEIGHTCTL_MODEL_DIR"
+CREATED = "org.opencontainers.image.created"
 
 
 def _contents(layer: LayerPlan) -> str:
@@ -221,17 +340,20 @@ def _canonical(value: object) -> bytes:
 
 
 def plan_image(snapshot: Snapshot, directory: str, platform: str, created: str | None) -> ImagePlan:
-    """One layer with all small files, which change most easily together, then one a weight file, by path."""
+    """One layer a weight file, by path, then one with all small files.
+
+    The small files change most easily, and an engine that keys layers on what lies below them then keeps the weights.
+    """
     small = tuple(file for file in snapshot.files if not file.is_weight)
-    groups = [small] if small else []
-    groups += [(file,) for file in snapshot.files if file.is_weight]
+    groups = [(file,) for file in snapshot.files if file.is_weight]
+    groups += [small] if small else []
     annotations = {}
     if snapshot.repo_id:
         annotations["org.opencontainers.image.source"] = f"https://huggingface.co/{snapshot.repo_id}"
     if snapshot.commit:
         annotations["org.opencontainers.image.revision"] = snapshot.commit
     if created:
-        annotations["org.opencontainers.image.created"] = created
+        annotations[CREATED] = created
     layers = tuple(LayerPlan(directory, files) for files in groups)
     return ImagePlan(layers, directory, platform, annotations)
 
@@ -242,6 +364,17 @@ def check_directory(path: str) -> str:
     if not path.startswith("/") or not parts or any(part in ("", ".", "..") for part in parts) or "\0" in path:
         raise UsageError(f"not a directory for the model: {path!r}", "give an absolute path below /: /models/llama")
     return path
+
+
+def check_created(time: str) -> str:
+    """Return `time` if it is an RFC 3339 time; raise UsageError otherwise."""
+    try:
+        if re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)", time, re.ASCII):
+            datetime.fromisoformat(time[:19])
+            return time
+    except ValueError:
+        pass
+    raise UsageError(f"not an RFC 3339 time: {time!r}", "write 2026-01-31T12:00:00Z")
 
 
 def check_platform(platform: str) -> str:
