@@ -30,6 +30,14 @@ def _integer(low: int, high: int) -> Callable[[object], int]:
     return parse
 
 
+def _switch(value: object) -> bool:
+    named = {"true": True, "1": True, "false": False, "0": False}
+    value = named.get(value.lower(), value) if isinstance(value, str) else value
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
 def _path(value: object) -> Path:
     if not isinstance(value, (str, Path)) or not str(value):
         raise ValueError
@@ -79,6 +87,11 @@ class Config:
     timeout: int = field(
         default=600,
         metadata=_setting(_integer(1, 86400), "seconds, from 1 to 86400", "after which one bench run is stopped"),
+    )
+
+    plain_http: bool = field(
+        default=False,
+        metadata=_setting(_switch, "true or false", "speak plain HTTP to a registry that has no TLS"),
     )
 
     @classmethod

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weightctl import storage
-from weightctl.errors import translated_os_errors
+from weightctl.errors import IntegrityError, translated_os_errors
 from weightctl.model import File
 from weightctl.progress import Progress, Task
 
@@ -37,6 +37,15 @@ class Identity:
         age = time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns)
         key = f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
         return cls(key, age >= RACY_NANOSECONDS)
+
+
+@contextlib.contextmanager
+def unchanging(path: Path) -> Iterator[Identity]:
+    """The identity of `path`, for a block that reads it. Raises IntegrityError if it is another one at the end."""
+    seen = Identity.of(path)
+    yield seen
+    if Identity.of(path).key != seen.key:
+        raise IntegrityError(f"{path} changed while it was read", "run this when nothing writes it")
 
 
 class DigestCache:
@@ -87,8 +96,7 @@ def hash_files(files: Iterable[File], workers: int, cache: DigestCache | None, p
 def _hash_file(file: File, cache: DigestCache | None, task: Task) -> File:
     known = {what: cache.get(what, file.source) if cache else None for what in _wanted(file)}
     if not all(known.values()):
-        with translated_os_errors(f"read {file.source}"):
-            seen = Identity.of(file.source)
+        with translated_os_errors(f"read {file.source}"), unchanging(file.source) as seen:
             known = _read_digests(file, task)
         if cache:
             for what, digest in known.items():

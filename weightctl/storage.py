@@ -8,6 +8,8 @@ import fcntl
 import os
 import secrets
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -41,6 +43,7 @@ def pump(source: BinaryIO, size: int, sinks: Sequence[Sink], task: Task) -> None
                 done.result()  # type: ignore[attr-defined]
             if not block:
                 break
+            pause(0)
             left -= len(block)
             running = [pool.submit(sink, block) for sink in sinks]
             task.advance(len(block))
@@ -78,16 +81,39 @@ def write_all(stream: BinaryIO) -> Sink:
 
 
 def in_parallel(function: Callable[[T], R], items: Iterable[T], workers: int) -> list[R]:
-    """`function` of every item, in order, on up to `workers` threads. The first failure cancels what has not begun."""
-    with ThreadPoolExecutor(workers) as pool:
+    """`function` of every item, in order, on up to `workers` threads.
+
+    The first failure, or an interrupt, cancels what has not begun and stops what is being pumped.
+    """
+    over = threading.Event()
+    with ThreadPoolExecutor(workers, initializer=setattr, initargs=(_thread, "over", over)) as pool:
         futures = [pool.submit(function, item) for item in items]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
+            over.set()
             for future in futures:
                 future.cancel()
-        failed = next((future for future in futures if not future.cancelled() and future.exception()), None)
-        return [future.result() for future in ([failed] if failed else futures)]
+        errors = [error for future in futures if not future.cancelled() and (error := future.exception())]
+        if errors:
+            raise next(error for error in errors if not isinstance(error, _AbandonedError))
+        return [future.result() for future in futures]
+
+
+def pause(seconds: float) -> None:
+    """Sleep, and end what this thread does as soon as it is no longer wanted (see `in_parallel`)."""
+    over = getattr(_thread, "over", None)
+    if over is None:
+        time.sleep(seconds)
+    elif over.wait(seconds):
+        raise _AbandonedError
+
+
+class _AbandonedError(Exception):
+    """What is being pumped is no longer wanted, since something beside it failed."""
+
+
+_thread = threading.local()
 
 
 def fsync_directory(path: Path) -> None:
@@ -170,30 +196,40 @@ def staging_beside(destination: Path) -> Iterator[Path]:
     Raises WeightctlError if another process is writing `destination`.
     """
     staging = destination.parent / f".{destination.name[:50]}{TEMPORARY_SUFFIX}"
-    staging.mkdir(exist_ok=True)
-    descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = _lock_directory(staging, destination)
     try:
+        sweep_temporaries(staging)
+        yield staging
+    finally:
+        with contextlib.suppress(OSError):
+            staging.rmdir()
+        os.close(descriptor)
+
+
+def _lock_directory(path: Path, destination: Path) -> int:
+    while True:
+        path.mkdir(exist_ok=True)
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(descriptor).st_nlink:  # else whoever had it has just removed it
+                return descriptor
         except BlockingIOError:
+            os.close(descriptor)
             raise WeightctlError(f"another process is writing {destination}", "wait until it has ended") from None
-        sweep_temporaries(staging)
-        try:
-            yield staging
-        finally:
-            with contextlib.suppress(OSError):
-                staging.rmdir()
-    finally:
         os.close(descriptor)
 
 
 @contextlib.contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path`; a process that dies lets go of it."""
+def lock(path: Path, *, wait: bool = True) -> Iterator[int]:
+    """Hold an exclusive lock on `path`, and give its descriptor; a process that dies lets go of it.
+
+    Raises BlockingIOError if another process holds it and we are not to wait.
+    """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield descriptor
     finally:
         os.close(descriptor)
 

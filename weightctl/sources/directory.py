@@ -51,26 +51,27 @@ class DirectorySource(Source):
         return Plan(self.name, snapshot)
 
     def fetch(self, plan: Plan, *, verify: bool, config: Config, progress: Progress) -> Snapshot:
-        """Nothing to bring; in the Hub's cache a file's name says what it has to hash to."""
-        if not verify:
-            return plan.snapshot
-        actual, bad = check_files(plan.snapshot.files, config.workers, DigestCache(), progress)
+        """Nothing to bring. In the Hub's cache a file's name says what its hash is; small files are always read."""
+        unread = [file for file in plan.snapshot.files if verify or file.git_id]
+        actual, bad = check_files(unread, config.workers, DigestCache(), progress)
         if bad:
             names = ", ".join(str(file.source) for file in bad)
             raise IntegrityError(f"not what its name in the Hub's cache says: {names}", "pull the model again")
-        return plan.snapshot.replace_files(actual)
+        known = {file.path: file for file in actual}
+        return plan.snapshot.replace_files([known.get(file.path, file) for file in plan.snapshot.files])
 
 
 def read_directory(root: Path, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Snapshot:
     """The snapshot that lies in `root`, unhashed.
 
-    A link may point anywhere inside the model, and in the Hub's cache to the repository's blobs. Raises
-    IntegrityError for links that leave it, cycles, devices, sockets and pipes, UsageError if no file is left.
+    A link may point anywhere inside the model, and in the Hub's cache to the blobs of the repository and to those
+    that all repositories share (huggingface_hub 2 keeps Xet files there). Raises IntegrityError for links that leave
+    it, cycles, devices, sockets and pipes, UsageError if no file is left.
     """
     with translated_os_errors(f"read {root}"):
         real = root.resolve(strict=True)
         cached = _hub_cache_entry(real)
-        inside = (real, cached[0] / "blobs") if cached else (real,)
+        inside = (real, cached[0] / "blobs", cached[0].parent / "blobs") if cached else (real,)
         files = tuple(
             file for file in sorted(_walk(real, "", inside, (real,)), key=lambda file: file.path)
             if matches(file.path, include, exclude)
@@ -106,7 +107,7 @@ def _walk(directory: Path, prefix: str, inside: Sequence[Path], above: tuple[Pat
                 raise IntegrityError(f"{path} is a link to a directory above it")
             yield from _walk(target, f"{relative}/", inside, (*above, target))
         elif stat.S_ISREG(status.st_mode):
-            yield File(relative, status.st_size, target, **_hub_digests(target, inside))
+            yield File(relative, status.st_size, target, **_hub_digests(path, inside))
         else:
             raise IntegrityError(f"{path} is neither a file nor a directory", "a model holds only files")
 
@@ -121,10 +122,11 @@ def _resolve(link: Path, inside: Sequence[Path]) -> Path:
     return target
 
 
-def _hub_digests(target: Path, inside: Sequence[Path]) -> dict[str, str]:
+def _hub_digests(path: Path, inside: Sequence[Path]) -> dict[str, str]:
     """The Hub's cache names the blob of a large file by its SHA-256 and of a small one by its git blob id."""
-    if len(inside) > 1 and target.parent == inside[1]:
-        kind = {64: "sha256", 40: "git_id"}.get(len(target.name))
-        if kind and _HEX.fullmatch(target.name):
-            return {kind: target.name}
+    if len(inside) > 1 and path.is_symlink():
+        blob = Path(os.path.normpath(path.parent / path.readlink()))
+        kind = {64: "sha256", 40: "git_id"}.get(len(blob.name))
+        if blob.parent == inside[1] and kind and _HEX.fullmatch(blob.name):
+            return {kind: blob.name}
     return {}

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import weightctl
 from weightctl import storage
 from weightctl.config import Config
 from weightctl.digests import DigestCache, check_files
@@ -39,11 +42,16 @@ class HuggingFaceSource(Source):
         progress: Progress,
     ) -> Plan:
         """Ask the Hub which files the revision has, with their sizes and digests."""
-        from huggingface_hub import HfApi
+        from huggingface_hub import HfApi, constants
 
         try:
             with _translated_errors(reference):
-                info = HfApi().model_info(reference.location, revision=reference.revision, files_metadata=True)
+                info = HfApi(library_name="weightctl", library_version=weightctl.__version__).model_info(
+                    reference.location,
+                    revision=reference.revision,
+                    files_metadata=True,
+                    timeout=constants.HF_HUB_ETAG_TIMEOUT,
+                )
         except _UnreachableError as error:
             return _plan_from_cache(reference, include, exclude, to, config, progress, error)
         commit = info.sha
@@ -59,22 +67,21 @@ class HuggingFaceSource(Source):
         snapshot = Snapshot(
             reference.location, root, tuple(files), repo_id=reference.location, revision=revision, commit=commit
         )
-        return Plan(self.name, snapshot, tuple(file for file in snapshot.files if not _is_here(file)))
+        blobs = None if to else _repository_directory(reference.location, config) / "blobs"
+        return Plan(self.name, snapshot, tuple(file for file in snapshot.files if not _is_here(file, blobs)))
 
     def fetch(self, plan: Plan, *, verify: bool, config: Config, progress: Progress) -> Snapshot:
         """Download what is missing; check small files always and large ones with `verify`.
 
         Raises IntegrityError, and removes the file, if its bytes are not those that the Hub lists.
         """
-        if plan.missing:
-            self._download(plan, config, progress)
+        if absent := [file for file in plan.snapshot.files if not _is_here(file)]:
+            self._download(plan, absent, config, progress)
         files = [dataclasses.replace(file, source=_resolved(plan.snapshot, file)) for file in plan.snapshot.files]
         unread = [file for file in files if verify or file.sha256 is None]
         actual, bad = check_files(unread, config.workers, DigestCache(), progress)
         for file in bad:
-            with contextlib.suppress(OSError):
-                (plan.snapshot.root / file.path).unlink()
-                file.source.unlink(missing_ok=True)
+            _remove(plan.snapshot.root / file.path, config)
         if bad:
             names = ", ".join(file.path for file in bad)
             raise IntegrityError(
@@ -84,7 +91,7 @@ class HuggingFaceSource(Source):
         known = {file.path: file for file in actual}
         return plan.snapshot.replace_files([known.get(file.path, file) for file in files])
 
-    def _download(self, plan: Plan, config: Config, progress: Progress) -> None:
+    def _download(self, plan: Plan, absent: Sequence[File], config: Config, progress: Progress) -> None:
         from huggingface_hub import snapshot_download
 
         snapshot = plan.snapshot
@@ -95,16 +102,29 @@ class HuggingFaceSource(Source):
         storage.check_space(snapshot.root, missing)
         with progress.task("downloading", missing) as task, _translated_errors(snapshot):
             _sweep_partial_downloads(snapshot, to, config)
-            snapshot_download(
-                snapshot.repo_id,
-                revision=snapshot.commit,
-                cache_dir=config.cache_dir,
-                local_dir=to,
-                # Exact names, in which glob's own characters stand for themselves.
-                allow_patterns=["".join(f"[{c}]" if c in "*?[" else c for c in f.path) for f in plan.missing],
-                max_workers=config.workers,
-                tqdm_class=_bars_into(task),
-            )
+            for file in absent:
+                if not _is_here(file):
+                    _remove(file.source, config)  # of the wrong size: snapshot_download would keep it
+            # Ctrl-C reaches only the main thread, where snapshot_download would wait for every file under way.
+            stop = threading.Event()
+            with ThreadPoolExecutor(1) as pool:
+                download = pool.submit(
+                    snapshot_download,
+                    snapshot.repo_id,
+                    revision=snapshot.commit,
+                    library_name="weightctl",
+                    library_version=weightctl.__version__,
+                    cache_dir=config.cache_dir,
+                    local_dir=to,
+                    # Exact names, in which glob's own characters stand for themselves.
+                    allow_patterns=["".join(f"[{c}]" if c in "*?[" else c for c in f.path) for f in absent],
+                    max_workers=config.workers,
+                    tqdm_class=_bars_into(task, stop),
+                )
+                try:
+                    download.result()
+                finally:
+                    stop.set()
             _keep_reference(snapshot, to, config)
 
 
@@ -137,8 +157,12 @@ def _listed_file(sibling: RepoSibling, root: Path) -> File:
     return File(path, sibling.size or 0, root / path, sha256, None if sha256 else sibling.blob_id)
 
 
-def _is_here(file: File) -> bool:
-    return file.source.is_file() and file.source.stat().st_size == file.size
+def _is_here(file: File, blobs: Path | None = None) -> bool:
+    """Whether the file lies where it belongs; with `blobs`, whether its bytes came here with another commit."""
+    places = [file.source]
+    if blobs and (name := file.sha256 or file.git_id):
+        places.append(blobs / name)
+    return any(place.is_file() and place.stat().st_size == file.size for place in places)
 
 
 def _resolved(snapshot: Snapshot, file: File) -> Path:
@@ -147,6 +171,14 @@ def _resolved(snapshot: Snapshot, file: File) -> Path:
         return path.resolve(strict=True)
     except OSError as error:
         raise WeightctlError(f"{path} is missing after the download", "pull the model again") from error
+
+
+def _remove(path: Path, config: Config) -> None:
+    """Take a file away, and if it is a link into the Hub's cache, what it leads to as well."""
+    target = path.resolve()
+    path.unlink(missing_ok=True)
+    if target.is_relative_to(_cache(config)):
+        target.unlink(missing_ok=True)
 
 
 def _plan_from_cache(
@@ -248,8 +280,8 @@ def _is_locked(path: Path) -> bool:
     return False
 
 
-def _bars_into(task: Task) -> type[Any]:
-    """A tqdm class that draws nothing and reports the bytes written to `task`."""
+def _bars_into(task: Task, stop: threading.Event) -> type[Any]:
+    """A tqdm class that draws nothing, reports the bytes written to `task`, and ends a download after `stop`."""
     from tqdm import tqdm
 
     class Bar(tqdm):  # type: ignore[misc]
@@ -259,6 +291,8 @@ def _bars_into(task: Task) -> type[Any]:
             super().__init__(*args, **{**options, "disable": True})
 
         def update(self, n: float | None = 1) -> None:
+            if stop.is_set():
+                raise KeyboardInterrupt
             if self._counts and n:
                 task.advance(int(n))
 

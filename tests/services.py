@@ -1,0 +1,92 @@
+"""Other people's tools that judge what weightctl wrote: skopeo, umoci, podman."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.disk import cannot
+
+
+def tool(name: str, *arguments: object, as_root: bool = False) -> str:
+    """What the tool prints. Without it the test is skipped, or fails where all services are promised."""
+    if shutil.which(name) is None:
+        cannot(f"{name} is not installed")
+    if as_root and os.geteuid() != 0:
+        cannot(f"{name} needs root for this")
+    done = subprocess.run([name, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, f"{name} {arguments}: {done.stderr}"
+    return done.stdout
+
+
+def inspect(image: str) -> dict[str, Any]:
+    """`skopeo inspect`: names, digest, layers and environment of an image."""
+    return json.loads(tool("skopeo", "inspect", image))  # type: ignore[no-any-return]
+
+
+def unpack(layout: Path, tag: str, destination: Path) -> Path:
+    """The image's root filesystem, unpacked by umoci."""
+    tool("umoci", "unpack", "--image", f"{layout}:{tag}", destination, as_root=True)
+    return destination / "rootfs"
+
+
+@contextmanager
+def podman_mount(image: str, *options: str) -> Iterator[Path]:
+    """The root filesystem of an image that podman pulls into a store of its own."""
+    with tempfile.TemporaryDirectory() as scratch:  # podman refuses the long paths that pytest makes
+        store = [
+            "--root", f"{scratch}/root", "--runroot", f"{scratch}/run", "--storage-driver", "vfs",
+            "--cgroup-manager", "cgroupfs", "--events-backend", "none",
+        ]  # fmt: skip
+        digest = tool("podman", *store, "pull", "--quiet", *options, image, as_root=True).strip()
+        try:
+            yield Path(tool("podman", *store, "image", "mount", digest, as_root=True).strip())
+        finally:
+            tool("podman", *store, "image", "unmount", digest, as_root=True)
+            tool("podman", *store, "image", "rm", "--force", digest, as_root=True)
+
+
+@contextmanager
+def docker_registry(directory: Path, auth: str = "") -> Iterator[str]:
+    """A registry of the Docker project, with plain HTTP, for the time of the block: its host and port.
+
+    `auth` is what its configuration says under that name, in YAML on one line.
+    """
+    if shutil.which("docker-registry") is None:
+        cannot("docker-registry is not installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        host = f"127.0.0.1:{free.getsockname()[1]}"
+    settings = directory / "registry.yml"
+    settings.write_text(
+        f"version: 0.1\nlog: {{level: error, accesslog: {{disabled: true}}}}\n"
+        f"storage: {{filesystem: {{rootdirectory: {directory / 'storage'}}}}}\n"
+        f"http: {{addr: '{host}', secret: the same after a restart}}\n" + (f"auth: {auth}\n" if auth else "")
+    )
+    with (directory / "registry.log").open("w") as log:
+        process = subprocess.Popen(["docker-registry", "serve", settings], stdout=log, stderr=log)
+        try:
+            _wait_for(host, process)
+            yield host
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _wait_for(host: str, process: subprocess.Popen[bytes]) -> None:
+    for _ in range(200):
+        assert process.poll() is None, "the service ended"
+        with contextlib.suppress(OSError), socket.create_connection((host.split(":")[0], int(host.split(":")[1]))):
+            return
+        time.sleep(0.05)
+    raise AssertionError("the service does not answer")
