@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from weightctl.cli import options, ui
 from weightctl.config import Config
 
+if TYPE_CHECKING:
+    from weightctl.operations.bake import BakePlan
+
 
 def bake(
     model: options.Model,
     tag: Annotated[str, typer.Option(metavar="NAME:TAG", help="The image's name.", show_default=False)],
-    to: Annotated[str, typer.Option(metavar="layout:DIR", help="Where the image goes.")] = "layout:./image",
-    base: Annotated[str, typer.Option(metavar="IMAGE", help="What the weights are added to.")] = "scratch",
-    path: Annotated[
+    to: Annotated[
         str | None,
         typer.Option(
-            metavar="DIR", help="The model's directory in the image [default: /models/NAME].", show_default=False
+            metavar="TARGET",
+            help="docker, registry, layout:DIR or archive:FILE [default: docker if it answers, else a layout].",
+            show_default=False,
         ),
     ] = None,
-    platform: Annotated[str, typer.Option(metavar="OS/ARCH", help="What the image says it is for.")] = "linux/amd64",
+    base: Annotated[
+        str, typer.Option(metavar="IMAGE", help="scratch, docker:NAME, layout:DIR[#TAG] or a registry's NAME.")
+    ] = "scratch",
+    template: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Dockerfile template that the engine builds the base from.", show_default=False
+        ),
+    ] = None,
+    path: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="The model's directory there [default: /models/NAME].", show_default=False),
+    ] = None,
+    platform: Annotated[
+        str | None,
+        typer.Option(metavar="OS/ARCH", help="[default: the base's, or linux/amd64].", show_default=False),
+    ] = None,
     created: Annotated[
         str | None,
         typer.Option(metavar="TIME", help="Say when the image was made (RFC 3339).", show_default=False),
@@ -29,6 +49,7 @@ def bake(
     revision: options.Revision = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
+    plain_http: options.PlainHttp = None,
     workers: options.Workers = None,
     cache_dir: options.CacheDir = None,
     dry_run: options.DryRun = False,
@@ -41,19 +62,28 @@ def bake(
     from weightctl.operations.bake import Recipe, plan_bake
     from weightctl.operations.bake import bake as run
 
-    config = Config.load({"workers": workers, "cache_dir": cache_dir})
-    recipe = Recipe(tag, to, base, path, platform, created)
+    config = Config.load({"workers": workers, "cache_dir": cache_dir, "plain_http": plain_http})
+    recipe = Recipe(tag, to, base, template, path, platform, created)
     wanted = {"include": include or (), "exclude": exclude or ()}
     with ui.progress() as progress:
         if dry_run:
             plan = plan_bake(model, recipe, revision=revision, **wanted, config=config, progress=progress)
-            fetch = f"; {ui.size(plan.missing_bytes)} to fetch first" if plan.missing_bytes else ""
-            todo = f"{len(plan.layers)} layers, {ui.size(plan.bytes)}, to {to}{fetch}"
-            return ui.show_result(plan, json, plan.tag, todo)
+            return ui.show_plan(plan, json, plan.tag, _todo(plan))
         result = run(model, recipe, revision=revision, **wanted, config=config, progress=progress)
     reused = sum(layer.reused for layer in result.layers)
     done = (
-        f"{result.tag} in {to}: {len(result.layers)} layers ({reused} reused), {ui.size(result.bytes)}, "
+        f"{result.tag} in {result.target}: {len(result.layers)} layers ({reused} reused), {ui.size(result.bytes)}, "
         f"{ui.size(result.written_bytes)} written in {ui.seconds(result.seconds)}"
     )
     return ui.show_result(result, json, result.digest, done)
+
+
+def _todo(plan: BakePlan) -> str:
+    existing = sum(layer.exists for layer in plan.layers)
+    lines = [
+        f"{len(plan.layers)} layers ({existing} there), {ui.size(plan.write_bytes)} to write to {plan.target}",
+        f"disk needed: {ui.size(plan.peak_disk_bytes)}",
+        *([f"to fetch first: {ui.size(plan.missing_bytes)}"] if plan.missing_bytes else []),
+        *(f"would fail: {problem}" for problem in plan.problems),
+    ]
+    return "\n      ".join(lines)

@@ -8,9 +8,8 @@ import typer
 import typer.core
 
 import weightctl
-from weightctl.cli import backends, bake, config, pull, push_volume, ui, verify
+from weightctl.cli import backends, bake, bench, config, pull, push_volume, serialize, ui, verify
 from weightctl.errors import WeightctlError
-
 
 HELP = {"-h", "--help"}
 
@@ -49,18 +48,26 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
-) -> None:
-    if version:
+def show_version(asked: bool) -> None:
+    if asked:
         ui.show(f"weightctl {weightctl.__version__}")
         raise typer.Exit
 
 
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=show_version)
+    ] = False,
+) -> None:
+    pass
+
+
 app.command()(pull.pull)
+app.command()(serialize.serialize)
 app.command()(bake.bake)
 app.command()(push_volume.push_volume)
+app.command()(bench.bench)
 app.command()(verify.verify)
 app.command()(backends.backends)
 app.command()(config.config)

@@ -27,6 +27,9 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would move; 
 Workers = Annotated[
     int | None, typer.Option(metavar="N", help="Threads that read, hash and write files.", show_default=False)
 ]
+PlainHttp = Annotated[
+    bool | None, typer.Option("--plain-http", help="Speak plain HTTP to registries without TLS.", show_default=False)
+]
 CacheDir = Annotated[
     Path | None,
     typer.Option(

@@ -38,7 +38,7 @@ def pull(
         if dry_run:
             plan = plan_pull(model, revision=revision, to=to, **wanted, config=config, progress=progress)
             missing = f"{plan.missing_files} of {plan.files} files, {ui.size(plan.missing_bytes)}, to fetch"
-            return ui.show_result(plan, json, plan.path, missing)
+            return ui.show_plan(plan, json, plan.path, missing)
         result = run(model, revision=revision, to=to, **wanted, config=config, progress=progress)
     fetched = f"{ui.size(result.fetched_bytes)} fetched" if result.fetched_bytes else "nothing to fetch"
     done = f"{result.files} files, {ui.size(result.bytes)}, {fetched}, verified in {ui.seconds(result.seconds)}"

@@ -16,7 +16,7 @@ def push_volume(
     volume: Annotated[Path, typer.Argument(metavar="VOLUME", help="The directory where the volume is mounted.")],
     name: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="The model's name there [default: its own].", show_default=False),
+        typer.Option(metavar="ORG/NAME", help="The model's name there [default: its own].", show_default=False),
     ] = None,
     revision: options.Revision = None,
     include: options.Include = None,
@@ -40,7 +40,7 @@ def push_volume(
             plan = plan_push(model, volume, name=name, revision=revision, **wanted, config=config, progress=progress)
             todo = "is there already" if plan.exists else f"{plan.files} files, {ui.size(plan.bytes)}, to copy"
             todo += f"; {ui.size(plan.missing_bytes)} to fetch first" if plan.missing_bytes else ""
-            return ui.show_result(plan, json, volume / plan.name, f"{plan.name}: {todo}")
+            return ui.show_plan(plan, json, volume / plan.name, f"{plan.name}: {todo}")
         result = run(model, volume, name=name, revision=revision, **wanted, config=config, progress=progress)
     copied = f"{ui.size(result.copied_bytes)} copied and verified" if result.copied_bytes else "nothing to copy"
     what = f"{result.name}@{result.version}: {result.files} files, {ui.size(result.bytes)}"

@@ -46,10 +46,19 @@ def _plain(value: Any) -> Any:
 
 def show_result(result: object, as_json: bool, answer: object, summary: str) -> None:
     """Print the result as JSON, or its one answer on stdout and a summary for the reader on stderr."""
+    _show(result, as_json, answer, "done", summary)
+
+
+def show_plan(plan: object, as_json: bool, answer: object, summary: str) -> None:
+    """The same for what a dry run found."""
+    _show(plan, as_json, answer, "plan", summary)
+
+
+def _show(result: object, as_json: bool, answer: object, label: str, summary: str) -> None:
     if as_json:
         show_json(result)
     else:
-        _print_stderr("done", "bold green", summary)
+        _print_stderr(label, "bold green", summary)
         print(answer)
 
 

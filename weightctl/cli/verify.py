@@ -15,9 +15,15 @@ def verify(
     target: Annotated[
         str,
         typer.Argument(
-            metavar="TARGET", help="A model's directory, volume:DIR#name, an OCI layout or a Tensorizer file."
+            metavar="TARGET",
+            help="A model's directory, volume:DIR#name, an OCI layout, a registry's NAME:TAG or a Tensorizer file.",
         ),
     ],
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Compare an image's files with this model's.", show_default=False),
+    ] = None,
+    plain_http: options.PlainHttp = None,
     workers: options.Workers = None,
     json: options.Json = False,
 ) -> None:
@@ -28,7 +34,8 @@ def verify(
     from weightctl.operations.verify import verify as run
 
     with ui.progress() as progress:
-        result = run(target, config=Config.load({"workers": workers}), progress=progress)
+        config = Config.load({"workers": workers, "plain_http": plain_http})
+        result = run(target, against, config=config, progress=progress)
     if json:
         ui.show_json(result)
     if result.problems:

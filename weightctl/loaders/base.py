@@ -2,14 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
+import struct
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from weightctl.model import Snapshot
+from weightctl.errors import IntegrityError, UsageError, WeightctlError, translated_os_errors
+from weightctl.model import File, Snapshot
+from weightctl.progress import Task
 from weightctl.registry import Backend, Registry
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
+
+    from weightctl.loaders.stored import Stored
+
+SUFFIXES = {
+    "safetensors": (".safetensors", ".safetensors.index.json"),
+    "torch": (".bin", ".pt", ".pth", ".bin.index.json"),
+    "tensorizer": (".tensors",),
+}
+"""Weight format → how the names of its files end. Where a model has several formats, the first is the model's own."""
+
+
+def formats(snapshot: Snapshot) -> tuple[str, ...]:
+    """The formats in which a model holds weights, its own first."""
+    names = [file.path for file in snapshot.files if "/" not in file.path]
+    return tuple(format for format, suffixes in SUFFIXES.items() if any(name.endswith(suffixes) for name in names))
+
+
+def own_format(snapshot: Snapshot) -> str:
+    """The model's own format. Raises UsageError if it has no weights."""
+    if found := formats(snapshot):
+        return found[0]
+    endings = ", ".join(f"*{suffix}" for some in SUFFIXES.values() for suffix in some if not suffix.endswith(".json"))
+    raise UsageError(f"no weights in {snapshot.root}", f"weightctl reads {endings} in the model's directory")
+
+
+def weight_files(snapshot: Snapshot) -> list[File]:
+    """The files that hold weights, in any of the formats."""
+    suffixes = tuple(suffix for some in SUFFIXES.values() for suffix in some if not suffix.endswith(".json"))
+    return [file for file in snapshot.files if file.path.endswith(suffixes)]
 
 
 class Loader(Backend, ABC):
@@ -18,6 +54,15 @@ class Loader(Backend, ABC):
     formats: ClassVar[tuple[str, ...]]
     """The weight formats it reads: `safetensors`, `torch`, `tensorizer`."""
 
+    def obstacle(self, snapshot: Snapshot) -> str | None:
+        """Why it cannot load this model, or None if it can. Opens no file."""
+        if set(self.formats) & set(formats(snapshot)):
+            return None
+        return f"the model has no {' or '.join(self.formats)} weights"
+
+    def prepare(self, snapshot: Snapshot) -> None:
+        """Import everything that `load` needs, so that a clock can start after it."""
+
     @abstractmethod
     def load(self, snapshot: Snapshot, device: str) -> dict[str, torch.Tensor]:
         """Every tensor of the model by name, on `device` (`cpu`, `cuda`, `cuda:N`), ready for use on return.
@@ -25,5 +70,105 @@ class Loader(Backend, ABC):
         Raises UsageError if the model holds none of `formats`, IntegrityError if its files are damaged.
         """
 
+    def load_part(
+        self,
+        snapshot: Snapshot,
+        device: str,
+        names: Collection[str] | None = None,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """The tensors called `names` (all, if None), those in `dtypes` converted, under their stored names.
+
+        Unless a loader can do better, it loads all of them first.
+        """
+        found = self.as_stored(self.load(snapshot, device), snapshot)
+        wanted = dtypes or {}
+        return {
+            name: tensor.to(wanted.get(name, tensor.dtype))
+            for name, tensor in found.items()
+            if names is None or name in names
+        }
+
+    def as_stored(self, tensors: dict[str, torch.Tensor], snapshot: Snapshot) -> dict[str, torch.Tensor]:  # noqa: ARG002
+        """What `load` returned, under the names that the model's files give: only a loader that renames differs."""
+        return tensors
+
+
+class FormatLoader(Loader):
+    """The home of a weight format: what reads it also writes it."""
+
+    filename: ClassVar[str]
+    """What the format's file is usually called."""
+
+    @abstractmethod
+    def open(self, snapshot: Snapshot) -> Stored:
+        """The model's tensors as its files hold them, not read yet. Raises as `load` does."""
+
+    @abstractmethod
+    def write(self, stored: Stored, path: Path, task: Task) -> None:
+        """Write every tensor to the new file `path`, as few at a time as the format allows."""
+
 
 loaders: Registry[Loader] = Registry("strategy")
+
+
+def open_stored(snapshot: Snapshot) -> Stored:
+    """The model's own tensors, through the home of its own format. Raises UsageError if there are no weights."""
+    loader = loaders.get(own_format(snapshot))()
+    assert isinstance(loader, FormatLoader)
+    loader.require()
+    return loader.open(snapshot)
+
+
+def choose_loader(strategy: str, snapshot: Snapshot, device: str = "cpu") -> Loader:
+    """The strategy of that name; `auto` is `pipelined` for safetensors on a CUDA device, and else the home of the
+    model's own format.
+
+    Raises UsageError if it cannot load this model or is not installed.
+    """
+    if strategy == "auto":
+        strategy = own_format(snapshot)
+        if strategy == "safetensors" and device != "cpu":
+            strategy = "pipelined"
+    loader = loaders.get(strategy)()
+    loader.require()
+    if reason := loader.obstacle(snapshot):
+        raise UsageError(
+            f"{strategy} cannot load {snapshot.name}: {reason}", "strategy auto takes what the model's format asks for"
+        )
+    return loader
+
+
+def choose_device(device: str) -> str:
+    """`auto` is `cuda` where there is one. Raises UsageError for a CUDA device that is not there."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return "cuda" if count else "cpu"
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= count:
+        raise UsageError(f"there is no device {device!r}: torch sees {count} CUDA devices", "use cpu, or auto")
+    return device
+
+
+_UNREADABLE: tuple[type[Exception], ...] = (
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, RecursionError, RuntimeError,
+    TypeError, ValueError, struct.error,
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def translated_read_errors(path: Path, *more: type[Exception]) -> Iterator[None]:
+    """Turn what a library raises over a file that it cannot read (also `more`) into an IntegrityError."""
+    import torch
+
+    try:
+        with translated_os_errors(f"read {path}"):
+            yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise WeightctlError(
+            f"{path} does not fit into the device's free memory", "free some of it, or load to another device"
+        ) from error
+    except (*_UNREADABLE, *more) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise IntegrityError(f"{path} cannot be read: {reason[:200]}", "it is damaged: fetch it again") from error

@@ -1,0 +1,96 @@
+"""Strategies that must not be believed, registered by importing this."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, ClassVar
+
+from weightctl.loaders.base import loaders
+from weightctl.loaders.safetensors import SafetensorsLoader
+from weightctl.model import Snapshot
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Fake(SafetensorsLoader):
+    """Loads as safetensors does, then does harm."""
+
+    def harm(self, tensors: dict[str, torch.Tensor]) -> None:
+        """What it does to the tensors."""
+
+    def load(self, snapshot: Snapshot, device: str) -> dict[str, torch.Tensor]:
+        tensors = {name: tensor.clone() for name, tensor in super().load(snapshot, device).items()}
+        self.harm(tensors)
+        return tensors
+
+
+@loaders.register("one-bit")
+class OneBit(Fake):
+    """Flips one bit of one tensor."""
+
+    def harm(self, tensors: dict[str, torch.Tensor]) -> None:
+        import torch
+
+        tensors["b"].view(torch.uint8)[-1] ^= 1
+
+
+@loaders.register("other-dtype")
+class OtherDtype(Fake):
+    """Loads in half precision, which is quicker."""
+
+    def harm(self, tensors: dict[str, torch.Tensor]) -> None:
+        tensors["b"] = tensors["b"].half()
+
+
+@loaders.register("one-less")
+class OneLess(Fake):
+    """Leaves a tensor out."""
+
+    def harm(self, tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["b"]
+
+
+@loaders.register("one-more")
+class OneMore(Fake):
+    """Adds a tensor."""
+
+    def harm(self, tensors: dict[str, torch.Tensor]) -> None:
+        tensors["c"] = tensors["b"].clone()
+
+
+@loaders.register("hangs")
+class Hangs(Fake):
+    """Never ends, and neither does its child."""
+
+    def harm(self, tensors: dict[str, torch.Tensor]) -> None:
+        subprocess.Popen([sys.executable, "-c", f"import time; time.sleep(600) # {os.environ['HANGS']}"])
+        time.sleep(600)
+
+
+@loaders.register("crashes")
+class Crashes(Fake):
+    """Dies of a segmentation fault."""
+
+    def harm(self, tensors: dict[str, torch.Tensor]) -> None:
+        ctypes.string_at(0)
+
+
+@loaders.register("raises")
+class Raises(Fake):
+    """Has a bug."""
+
+    def harm(self, tensors: dict[str, torch.Tensor]) -> None:
+        print("what it prints must not be taken for a result")
+        raise ZeroDivisionError("a bug")
+
+
+@loaders.register("missing")
+class Missing(Fake):
+    """Needs what is not installed."""
+
+    requires: ClassVar[dict[str, str]] = {"no_such_module": "torch"}

@@ -1,0 +1,225 @@
+"""A bench times what is right, says what is wrong, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests import tiny_models as models
+from tests.command import start
+from tests.command import weightctl as command
+from weightctl.benchmark.statistics import Row
+from weightctl.config import Config
+from weightctl.errors import IntegrityError, UsageError
+from weightctl.loaders import loaders
+from weightctl.operations.bench import BenchResult
+from weightctl.operations.bench import bench as operation
+from weightctl.progress import Progress
+
+ROW = [
+    "strategy", "cache", "status", "reason", "seconds", "median_seconds", "bytes_per_second", "verified",
+    "peak_host_bytes", "peak_device_bytes",
+]  # fmt: skip
+
+
+def bench(model: Path, *strategies: str, runs: int = 1, timeout: int = 60, **options: object) -> BenchResult:
+    config = Config(runs=runs, timeout=timeout, device="cpu")
+    return operation(str(model), strategies=strategies, **options, config=config, progress=Progress())  # type: ignore[arg-type]
+
+
+def row(result: BenchResult, strategy: str) -> Row:
+    return next(row for row in result.results if row.strategy == strategy)
+
+
+def small_model(directory: Path, size: int = 1000) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file({"a": torch.rand(size), "b": torch.rand(3)}, directory / "model.safetensors")
+    return directory
+
+
+def processes(word: str) -> set[int]:
+    """Those that live and whose command line holds `word`."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if word.encode() in path.read_bytes():
+                found.add(int(path.parent.name))
+    return found
+
+
+def children(parent: int) -> set[int]:
+    """The measuring processes of a bench."""
+    started = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return {int(child) for child in started} & processes("weightctl.benchmark.child")
+
+
+def eventually(holds: Callable[[], object]) -> bool:
+    """Whether it holds within a minute."""
+    until = time.monotonic() + 60
+    while not holds() and time.monotonic() < until:
+        time.sleep(0.02)
+    return bool(holds())
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The strategies of tests/benchmark/strategies.py, for one test."""
+    monkeypatch.setattr(loaders, "_backends", dict(loaders._backends))
+    sys.modules.pop("tests.benchmark.strategies", None)
+    importlib.import_module("tests.benchmark.strategies")
+
+
+def test_a_real_model_as_a_user_does_it(minilm: Path, tmp_path: Path) -> None:
+    arguments = ("--device", "cpu", "--runs", 1, "--cache", "warm", "--cache", "cold", "--output", "result.json")
+    outcome = command("bench", minilm, *arguments, cwd=tmp_path, timeout=400, TMPDIR=str(tmp_path))
+    assert outcome.code == 0, outcome.stderr
+    assert max(len(line) for line in outcome.stdout.splitlines()) <= 80
+    assert [path.name for path in tmp_path.iterdir() if "torch" not in path.name] == ["result.json"]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert list(result) == ["environment", "ceilings", "model", "results"]
+    assert result["ceilings"].keys() == {"warm_read", "cold_read"}
+    assert [result["model"][key] for key in ("bytes", "tensors", "format")] == [90_856_960, 104, "safetensors"]
+    assert len(result["results"]) == 8
+    for measured in result["results"]:
+        assert list(measured) == ROW
+        assert measured["status"] == "ok", measured
+        assert len(measured["seconds"]) == 1
+        assert measured["verified"] is True
+        assert measured["bytes_per_second"] == pytest.approx(90_856_960 / measured["median_seconds"])
+        assert measured["peak_host_bytes"] > 90_856_960
+        assert measured["strategy"] in outcome.stdout
+    private = (str(tmp_path), str(minilm), os.uname().nodename, str(Path.home()))
+    assert not any(word in json.dumps(result["environment"]) for word in private)
+
+
+def test_json_is_one_object(tmp_path: Path) -> None:
+    outcome = command("bench", small_model(tmp_path), "--strategy", "torch", "--runs", 1, "--json")
+    assert outcome.code == 0, outcome.stderr
+    assert [row["strategy"] for row in outcome.result["results"]] == ["torch"]
+
+
+def test_a_state_dict_and_what_cannot_load_it(crepe: Path) -> None:
+    result = bench(crepe, include=["tiny.pth"])
+    assert {row.strategy for row in result.results if row.status == "ok"} == {"safetensors", "torch", "tensorizer"}
+    assert row(result, "transformers").status == "unavailable"
+    assert "config.json" in str(row(result, "transformers").reason)
+    assert row(result, "transformers").seconds == ()
+
+
+@pytest.mark.parametrize("make", ["llama", "gpt2", "mixtral"])
+def test_transformers_names_are_understood(tmp_path: Path, make: str) -> None:
+    directory = models.saved(getattr(models, make)(), tmp_path)
+    measured = row(bench(directory, "transformers"), "transformers")
+    assert (measured.status, measured.reason) == ("ok", None)
+
+
+def test_transformers_that_converts_is_found_out(tmp_path: Path) -> None:
+    directory = models.saved(models.llama(), tmp_path)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    measured = row(bench(directory, "transformers"), "transformers")
+    assert measured.status == "failed"
+    assert "float16" in str(measured.reason)
+
+
+@pytest.mark.usefixtures("fakes")
+def test_what_loads_something_else_is_failed_not_timed(tmp_path: Path) -> None:
+    expected = {
+        "one-bit": "bytes of b",
+        "other-dtype": "b is float16 [3], the model's is float32 [3]",
+        "one-less": "lacks b",
+        "one-more": "adds c",
+        "crashes": "SIGSEGV",
+        "raises": "ZeroDivisionError: a bug",
+    }
+    result = bench(small_model(tmp_path), *expected, "missing", "safetensors")
+    for strategy, words in expected.items():
+        measured = row(result, strategy)
+        assert measured.status == "failed"
+        assert words in str(measured.reason)
+        assert (measured.seconds, measured.median_seconds, measured.verified) == ((), None, False)
+    assert row(result, "missing").status == "unavailable"
+    assert "pip install 'weightctl[torch]'" in str(row(result, "missing").reason)
+    assert row(result, "safetensors").status == "ok"
+
+
+@pytest.mark.usefixtures("fakes")
+def test_what_hangs_is_stopped_with_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    word = f"hanging-{tmp_path.name}-{os.getpid()}"
+    monkeypatch.setenv("HANGS", word)
+    measured = row(bench(small_model(tmp_path), "hangs", timeout=12), "hangs")
+    assert measured.status == "failed"
+    assert "after 12 seconds" in str(measured.reason)
+    assert eventually(lambda: not processes(word))
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_bench_leaves_no_process(tmp_path: Path, how: signal.Signals) -> None:
+    model = small_model(tmp_path / "model")
+    (tmp_path / "tmp").mkdir()
+    process = start("bench", model, "--runs", 1000, TMPDIR=str(tmp_path / "tmp"))
+    assert eventually(lambda: children(process.pid))
+    running = children(process.pid)
+    process.send_signal(how)
+    process.communicate(timeout=60)
+    assert process.returncode in (130, -how)  # an interrupt during an import ends Python by the signal itself
+    assert eventually(lambda: not running & processes("weightctl.benchmark.child"))
+    if how == signal.SIGINT:
+        assert list((tmp_path / "tmp").glob("weightctl*")) == []
+
+
+def test_a_scratch_directory_is_kept_and_used_again(tmp_path: Path) -> None:
+    model, scratch = small_model(tmp_path / "model"), tmp_path / "a" / "scratch"
+    assert row(bench(model, "tensorizer", scratch=scratch), "tensorizer").status == "ok"
+    made = list(scratch.glob("*/*"))
+    assert [path.name for path in made] == ["model.tensors"]
+    stamp = made[0].stat().st_mtime_ns
+    assert row(bench(model, "tensorizer", scratch=scratch), "tensorizer").status == "ok"
+    assert [path.stat().st_mtime_ns for path in scratch.glob("*/*")] == [stamp]
+    small_model(tmp_path / "model")
+    assert row(bench(model, "tensorizer", scratch=scratch), "tensorizer").status == "ok"
+    assert len(list(scratch.glob("*/*"))) == 2
+
+
+def test_code_in_the_working_directory_does_not_run(tmp_path: Path) -> None:
+    model = small_model(tmp_path / "model")
+    for name in ("json", "torch", "weightctl", "safetensors"):
+        (model / f"{name}.py").write_text("import os; os.mkdir('it ran')")
+    weightctl = shutil.which("weightctl", path=str(Path(sys.executable).parent))
+    assert weightctl is not None
+    command = [weightctl, "bench", ".", "--runs", "1", "--strategy", "safetensors"]
+    outcome = subprocess.run(command, cwd=model, capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stderr
+    assert not (model / "it ran").exists()
+
+
+def test_what_cannot_be_is_said(tmp_path: Path) -> None:
+    model = small_model(tmp_path / "model")
+    with pytest.raises(UsageError, match="unknown strategy"):
+        bench(model, "fastest")
+    with pytest.raises(UsageError, match="unknown cache state 'hot'"):
+        bench(model, caches=["hot"])
+    with pytest.raises(UsageError, match="does not exist"):
+        bench(model, output=tmp_path / "no" / "result.json")
+    outcome = command("bench", model, "--device", "cuda:99")
+    assert outcome.code == 2
+    assert "cuda:99" in outcome.stderr
+    (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-1])
+    with pytest.raises(IntegrityError):
+        bench(model)
+    save_file({"empty": torch.empty(0)}, model / "model.safetensors")
+    with pytest.raises(UsageError, match="no bytes"):
+        bench(model)

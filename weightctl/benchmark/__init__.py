@@ -1,0 +1,1 @@
+"""How loads are measured: every run a process of its own, every tensor compared."""

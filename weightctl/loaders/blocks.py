@@ -1,0 +1,159 @@
+"""What to read from which file, in blocks, and where in memory each byte of them belongs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from weightctl.checkpoint import TensorEntry
+from weightctl.loaders.safetensors import described
+
+if TYPE_CHECKING:
+    import torch
+
+PAGE_BYTES = 4096
+"""Blocks begin at a multiple of it in their file, as O_DIRECT asks for."""
+
+ALIGNMENT = 256
+"""What a tensor's place is a multiple of: cudaMalloc gives no less, and kernels choose themselves by it."""
+
+GAP_BYTES = 128 << 10
+"""Unwanted bytes up to this are read along: cheaper than one more read."""
+
+
+@dataclass(frozen=True)
+class Cast:
+    """A conversion on the way."""
+
+    source: torch.dtype
+    target: torch.dtype
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes of a block that go to one place."""
+
+    start: int
+    """Of its first byte, in the block."""
+    nbytes: int
+    place: int
+    """Where it goes: the byte in the shard's buffer."""
+    cast: Cast | None = None
+    """Its bytes are whole elements, and more or fewer when they arrive."""
+
+    @property
+    def end(self) -> int:
+        """Where it ends in the block."""
+        return self.start + self.nbytes
+
+
+@dataclass(frozen=True)
+class Block:
+    """Bytes of one file that are read at once."""
+
+    offset: int
+    """Of its first byte, in the file: a multiple of PAGE_BYTES."""
+    nbytes: int
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One tensor, as it lies in its shard's buffer at the end."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    place: int
+    """A multiple of ALIGNMENT."""
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a model, and the one buffer that its tensors are views of."""
+
+    path: Path
+    file_bytes: int
+    nbytes: int
+    """Of the buffer: a multiple of ALIGNMENT."""
+    tensors: tuple[Placed, ...]
+    blocks: tuple[Block, ...]
+    """Ordered by offset."""
+
+
+def plan(
+    entries: Sequence[TensorEntry],
+    block_bytes: int,
+    names: Collection[str] | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> list[Shard]:
+    """How to load `entries` (ordered by file, then by offset), or those called `names`, in blocks of up to
+    `block_bytes` (a multiple of PAGE_BYTES, two at least), with the tensors named in `dtypes` converted.
+
+    Tensors that follow one another in the file do so in the buffer, so that one copy brings many, except where the
+    next place would be misaligned. Raises UsageError for a dtype that torch has not.
+    """
+    wanted = [entry for entry in entries if names is None or entry.name in names]
+    shards = []
+    for file, group in itertools.groupby(wanted, key=lambda entry: entry.file):
+        tensors, runs, end = [], [], 0
+        for entry in group:
+            tensor = described(entry)
+            cast = Cast(tensor.dtype, dtypes[entry.name]) if dtypes and entry.name in dtypes else None
+            dtype = cast.target if cast else tensor.dtype
+            nbytes = tensor.nbytes // tensor.dtype.itemsize * dtype.itemsize
+            end += -end % ALIGNMENT
+            tensors.append(Placed(entry.name, dtype, tensor.shape, end, nbytes))
+            runs.append(_Run(entry.offset, entry.nbytes, end, cast))
+            end += nbytes
+        blocks = tuple(_blocks(runs, block_bytes))
+        shards.append(Shard(file.source, file.size, end + -end % ALIGNMENT, tuple(tensors), blocks))
+    return shards
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One tensor's bytes: where they are in the file, and where they go."""
+
+    offset: int
+    nbytes: int
+    place: int
+    cast: Cast | None
+
+
+def _blocks(runs: Sequence[_Run], block_bytes: int) -> Iterator[Block]:
+    pieces: list[Piece] = []
+    first = end = 0  # of the block that is being filled, in the file
+    for run in runs:
+        at, stop, place = run.offset, run.offset + run.nbytes, run.place
+        while at < stop:
+            if pieces and at - end > GAP_BYTES:
+                yield Block(first, end - first, tuple(pieces))
+                pieces = []
+            if not pieces:
+                first = at // PAGE_BYTES * PAGE_BYTES
+            count = min(stop, first + block_bytes) - at
+            if run.cast and at + count < stop:
+                count -= count % run.cast.source.itemsize
+            if count <= 0:
+                yield Block(first, end - first, tuple(pieces))
+                pieces = []
+                continue
+            _append(pieces, Piece(at - first, count, place, run.cast))
+            at = end = at + count
+            place += count if run.cast is None else count // run.cast.source.itemsize * run.cast.target.itemsize
+    if pieces:
+        yield Block(first, end - first, tuple(pieces))
+
+
+def _append(pieces: list[Piece], piece: Piece) -> None:
+    """Add `piece`, as part of the last one where it continues that in the file and in memory."""
+    last = pieces[-1] if pieces else None
+    if last and not last.cast and not piece.cast and (piece.start, piece.place) == (last.end, last.place + last.nbytes):
+        pieces[-1] = Piece(last.start, last.nbytes + piece.nbytes, last.place)
+    else:
+        pieces.append(piece)

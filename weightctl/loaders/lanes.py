@@ -1,0 +1,233 @@
+"""How blocks of a file get to a device: what one reading thread does with one after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import mmap
+import os
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from weightctl.errors import WeightctlError
+from weightctl.loaders.blocks import PAGE_BYTES, Block, Piece
+from weightctl.loaders.reading import Reader, Source
+
+if TYPE_CHECKING:
+    import torch
+
+    from weightctl.loaders.buffers import Buffers
+
+NODES = Path("/sys/devices/system/node")
+
+
+class Lane(ABC):
+    """Made, used and closed in one thread, which is its own. `slabs` blocks of `block_bytes` at most are in flight."""
+
+    def __init__(self, sources: Sequence[Source], buffers: Buffers, block_bytes: int, slabs: int) -> None:
+        self._sources = sources
+        self._buffers = buffers
+        self._block_bytes = block_bytes
+        self._most_slabs = slabs
+        self._reader = Reader()
+
+    @abstractmethod
+    def bring(self, index: int, block: Block) -> None:
+        """Read a block of the shard `index`, and send it to its places in the shard's buffer."""
+
+    def close(self) -> None:
+        """Wait until all that was sent has arrived, then give everything back."""
+        self._reader.close()
+
+
+class StraightLane(Lane):
+    """Reads into the buffers themselves, in host memory."""
+
+    def bring(self, index: int, block: Block) -> None:
+        """Only what is converted is copied."""
+        import torch
+
+        source, buffer = self._sources[index], self._buffers[index]
+        for piece in block.pieces:
+            straight = piece.cast is None
+            place = slice(piece.place, piece.place + piece.nbytes)
+            data = buffer[place] if straight else torch.empty(piece.nbytes, dtype=torch.uint8)
+            self._reader.fill(source, data.numpy().data, block.offset + piece.start, piece.nbytes)
+            if not straight:
+                _send(data, buffer, piece)
+
+
+class Slab:
+    """Page-aligned host memory for one block."""
+
+    def __init__(self, nbytes: int) -> None:
+        import torch
+
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without huge pages: only slower to pin
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        self.view = memoryview(memory)
+        self.tensor = torch.frombuffer(memory, dtype=torch.uint8)
+
+    def is_free(self) -> bool:
+        """Whether its last block has arrived."""
+        return True
+
+    def wait(self) -> None:
+        """Until it is free."""
+
+    def sending(self) -> None:
+        """Its block has been read, and is about to be sent."""
+
+    def sent(self) -> None:
+        """All of its block is on its way."""
+
+    def close(self) -> None:
+        """Give back what `sending` took. Only when it is free."""
+
+
+class SlabLane(Lane):
+    """Reads into a few slabs in turn, and sends from them."""
+
+    slab: ClassVar[type[Slab]] = Slab
+
+    def __init__(self, sources: Sequence[Source], buffers: Buffers, block_bytes: int, slabs: int) -> None:
+        super().__init__(sources, buffers, block_bytes, slabs)
+        self._slabs: deque[Slab] = deque()  # the next to be free is the first
+
+    def bring(self, index: int, block: Block) -> None:
+        """Whole pages are read, for the sake of O_DIRECT, and what is not wanted stays behind."""
+        slab = self._free_slab()
+        view = slab.view[: block.nbytes + -block.nbytes % PAGE_BYTES]
+        self._reader.fill(self._sources[index], view, block.offset, block.nbytes)
+        slab.sending()
+        buffer = self._buffer(index)
+        for piece in block.pieces:
+            _send(slab.tensor[piece.start : piece.start + piece.nbytes], buffer, piece)
+        slab.sent()
+
+    def close(self) -> None:
+        """The slabs go."""
+        super().close()
+        for slab in self._slabs:
+            slab.close()
+        self._slabs.clear()
+
+    def _buffer(self, index: int) -> torch.Tensor:
+        return self._buffers[index]
+
+    def _free_slab(self) -> Slab:
+        if self._slabs and (len(self._slabs) == self._most_slabs or self._slabs[0].is_free()):
+            self._slabs.rotate(-1)
+            self._slabs[-1].wait()
+        else:
+            self._slabs.append(self.slab(self._block_bytes))
+        return self._slabs[-1]
+
+
+class PinnedSlab(Slab):
+    """Registered with CUDA after the first read into it, which has brought its pages into being."""
+
+    def __init__(self, nbytes: int) -> None:
+        import torch
+
+        super().__init__(nbytes)
+        self._arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        self._cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        self._pinned = False
+
+    def is_free(self) -> bool:
+        return bool(self._arrived.query())  # type: ignore[no-untyped-call]
+
+    def wait(self) -> None:
+        self._arrived.synchronize()
+
+    def sending(self) -> None:
+        """Raises WeightctlError if the system does not let it be pinned."""
+        if not self._pinned:
+            status = int(self._cudart.cudaHostRegister(self.tensor.data_ptr(), self.tensor.nbytes, PORTABLE))
+            if status:
+                raise WeightctlError(
+                    f"cannot pin {self.tensor.nbytes} bytes of memory: CUDA error {status}",
+                    "make ring_bytes smaller, or take the strategy safetensors",
+                )
+            self._pinned = True
+
+    def sent(self) -> None:
+        self._arrived.record()
+
+    def close(self) -> None:
+        if self._pinned:
+            self._cudart.cudaHostUnregister(self.tensor.data_ptr())
+            self._pinned = False
+
+
+PORTABLE = 1
+"""cudaHostRegisterPortable: pinned for every device."""
+
+
+class CudaLane(SlabLane):
+    """Sends on a stream of its own, from processors near the device."""
+
+    slab = PinnedSlab
+
+    def __init__(self, sources: Sequence[Source], buffers: Buffers, block_bytes: int, slabs: int) -> None:
+        import torch
+
+        super().__init__(sources, buffers, block_bytes, slabs)
+        self._index = -1
+        if cpus := nearby_cpus(buffers.device):
+            os.sched_setaffinity(0, cpus)  # of this thread alone, like the stream
+        assert buffers.stream is not None
+        self._caller = buffers.stream
+        self._stream = torch.cuda.Stream(buffers.device)  # type: ignore[no-untyped-call]
+        torch.cuda.set_stream(self._stream)
+
+    def close(self) -> None:
+        """The one wait for the device."""
+        self._stream.synchronize()
+        super().close()
+
+    def _buffer(self, index: int) -> torch.Tensor:
+        buffer = super()._buffer(index)
+        if index != self._index:  # its memory may have a use before it that the caller's stream has not come to yet
+            self._stream.wait_stream(self._caller)
+            self._index = index
+        return buffer
+
+
+def _send(data: torch.Tensor, buffer: torch.Tensor, piece: Piece) -> None:
+    """Copy a piece's bytes to its place, in the order of the present stream."""
+    if piece.cast is None:
+        buffer[piece.place : piece.place + piece.nbytes].copy_(data, non_blocking=True)
+        return
+    nbytes = piece.nbytes // piece.cast.source.itemsize * piece.cast.target.itemsize
+    target = buffer[piece.place : piece.place + nbytes].view(piece.cast.target)
+    # Converted where it arrives, from a copy: there it is aligned, whatever the file does.
+    target.copy_(data.to(buffer.device, non_blocking=True, copy=True).view(piece.cast.source), non_blocking=True)
+
+
+@functools.cache
+def nearby_cpus(device: torch.device) -> frozenset[int]:
+    """The processors of the NUMA node that a CUDA device is attached to; none where there is one node, or none says."""
+    import torch
+
+    if len(list(NODES.glob("node[0-9]*"))) < 2:
+        return frozenset()
+    properties: Any = torch.cuda.get_device_properties(device)
+    try:
+        address = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
+        node = int(Path(f"/sys/bus/pci/devices/{address}/numa_node").read_text())
+        cpus = parse_cpus((NODES / f"node{node}" / "cpulist").read_text())
+    except (AttributeError, OSError, ValueError):
+        return frozenset()
+    return cpus & os.sched_getaffinity(0)
+
+
+def parse_cpus(text: str) -> frozenset[int]:
+    """`0-3,8` → 0, 1, 2, 3, 8. Raises ValueError."""
+    ranges = [part.split("-") for part in text.strip().split(",") if part]
+    return frozenset(cpu for ends in ranges for cpu in range(int(ends[0]), int(ends[-1]) + 1))

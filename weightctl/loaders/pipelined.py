@@ -1,0 +1,133 @@
+"""Plain safetensors at the speed of the bus: parallel reads into pinned memory, and copies to the device meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from weightctl.config import Config
+from weightctl.digests import unchanging
+from weightctl.errors import WeightctlError, translated_os_errors
+from weightctl.loaders.base import Loader, loaders
+from weightctl.loaders.blocks import PAGE_BYTES, Block, Shard, plan
+from weightctl.loaders.buffers import Buffers
+from weightctl.loaders.lanes import CudaLane, Lane, StraightLane
+from weightctl.loaders.reading import Source
+from weightctl.loaders.safetensors import own_checkpoint
+from weightctl.model import Snapshot
+from weightctl.storage import in_parallel, pause
+
+if TYPE_CHECKING:
+    import torch
+
+READERS = 16
+"""Threads at most; no more than there are processors."""
+
+BLOCK_BYTES = 8 << 20
+"""Read at once, where the ring has room for it."""
+
+SMALLEST_BLOCK_BYTES = 1 << 20
+"""Below this, Python's part in a block takes as long as the block."""
+
+RING_SHARE = 4
+"""A small model gets a ring of this part of it: pinning memory costs more than reading into it."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How many read, and through how much memory."""
+
+    readers: int
+    block_bytes: int
+    """A multiple of PAGE_BYTES."""
+    slabs: int
+    """Of each reader, at most: into one it reads, from the others is copied."""
+
+    @classmethod
+    def of(cls, nbytes: int, ring_bytes: int) -> Tuning:
+        """For `nbytes` bytes to load, through a ring of up to `ring_bytes`: two slabs for each reader, or more."""
+        ring = min(ring_bytes, max(nbytes // RING_SHARE, 2 * SMALLEST_BLOCK_BYTES))
+        readers = max(1, min(READERS, len(os.sched_getaffinity(0)), ring // (2 * SMALLEST_BLOCK_BYTES)))
+        block_bytes = min(BLOCK_BYTES, ring // (2 * readers)) // PAGE_BYTES * PAGE_BYTES
+        return cls(readers, block_bytes, ring // (readers * block_bytes))
+
+
+@loaders.register("pipelined")
+class PipelinedLoader(Loader):
+    """One allocation a shard, every tensor a view of it, and no wait for a single tensor."""
+
+    summary = "parallel reads through pinned memory, straight into place"
+    requires: ClassVar[Mapping[str, str]] = {"torch": "torch", "numpy": "torch"}
+    formats = ("safetensors",)
+
+    def prepare(self, snapshot: Snapshot) -> None:  # noqa: ARG002
+        """Import torch."""
+        import torch  # noqa: F401
+
+    def load(self, snapshot: Snapshot, device: str) -> dict[str, torch.Tensor]:
+        """On a CUDA device, what is not in the page cache is read past it."""
+        return self.load_part(snapshot, device)
+
+    def load_part(
+        self,
+        snapshot: Snapshot,
+        device: str,
+        names: Collection[str] | None = None,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Reads no more than it must, and converts on the device, block by block."""
+        ring_bytes = Config.load().ring_bytes
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(translated_os_errors(f"read {snapshot.root}"))
+            for file in snapshot.files:
+                if file.path.endswith(".safetensors"):
+                    stack.enter_context(unchanging(file.source))
+            entries = own_checkpoint(snapshot).tensors
+            nbytes = sum(entry.nbytes for entry in entries if names is None or entry.name in names)
+            tuning = Tuning.of(nbytes, ring_bytes)
+            shards = plan(entries, tuning.block_bytes, names, dtypes)
+            return load_shards(shards, device, StraightLane if device == "cpu" else CudaLane, tuning)
+
+
+def load_shards(shards: Sequence[Shard], device: str, lane: type[Lane], tuning: Tuning) -> dict[str, torch.Tensor]:
+    """The tensors of `shards` on `device`, which `tuning.readers` lanes bring there at once.
+
+    The first failure stops them all. Of memory, threads and descriptors, only the tensors' own outlives this.
+    """
+    import torch
+
+    buffers = Buffers(shards, device)
+    sources = [Source(shard.path, shard.file_bytes) for shard in shards]
+    blocks = deque((index, block) for index, shard in enumerate(shards) for block in shard.blocks)
+
+    def bring(_: int) -> None:
+        with contextlib.closing(lane(sources, buffers, tuning.block_bytes, tuning.slabs)) as mine:
+            for index, block in _taken(blocks):
+                pause(0)
+                mine.bring(index, block)
+
+    readers = min(tuning.readers, len(blocks))
+    try:
+        if readers:
+            in_parallel(bring, range(readers), readers)
+        return buffers.tensors()
+    except torch.cuda.OutOfMemoryError as error:
+        raise WeightctlError(
+            f"the memory of {device} ran out while the model was loaded", "free some of it, or load to another device"
+        ) from error
+    finally:
+        buffers.clear()  # the traceback of an error would keep them
+
+
+def _taken(blocks: deque[tuple[int, Block]]) -> Iterator[tuple[int, Block]]:
+    """Whoever asks takes the next, until none is left."""
+    while True:
+        try:
+            block = blocks.popleft()
+        except IndexError:
+            return
+        yield block

@@ -1,0 +1,122 @@
+"""The safetensors library, file by file, straight to the device."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from weightctl.checkpoint import Checkpoint, TensorEntry, read_checkpoint
+from weightctl.errors import IntegrityError, UsageError, translated_os_errors
+from weightctl.loaders.base import FormatLoader, loaders, translated_read_errors
+from weightctl.loaders.stored import Entry, Stored, as_bytes
+from weightctl.model import Snapshot
+from weightctl.progress import Task
+from weightctl.storage import in_parallel, write_all
+
+if TYPE_CHECKING:
+    import torch
+
+TORCH_DTYPES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F4": "float4_e2m1fn_x2", "I16": "int16", "U16": "uint16", "F16": "float16", "BF16": "bfloat16",
+    "I32": "int32", "U32": "uint32", "F32": "float32", "I64": "int64", "U64": "uint64", "F64": "float64",
+    "C64": "complex64",
+}  # fmt: skip
+"""safetensors' name of a dtype → torch's. Torch has no six-bit floats."""
+
+READERS = 8
+
+
+@loaders.register("safetensors")
+class SafetensorsLoader(FormatLoader):
+    """`safetensors.safe_open`."""
+
+    summary = "the safetensors library, file by file"
+    requires: ClassVar[Mapping[str, str]] = {"torch": "torch", "safetensors": "torch"}
+    formats = ("safetensors",)
+    filename = "model.safetensors"
+
+    def prepare(self, snapshot: Snapshot) -> None:  # noqa: ARG002
+        """Import the library."""
+        import safetensors  # noqa: F401
+        import torch  # noqa: F401
+
+    def load(self, snapshot: Snapshot, device: str) -> dict[str, torch.Tensor]:
+        """On the CPU the tensors are views of the mapped files."""
+        from safetensors import SafetensorError, safe_open
+
+        tensors: dict[str, torch.Tensor] = {}
+        for file, entries in itertools.groupby(own_checkpoint(snapshot).tensors, key=lambda entry: entry.file):
+            with (
+                translated_read_errors(file.source, SafetensorError),
+                safe_open(file.source, framework="pt", device=device) as shard,
+            ):
+                tensors.update((entry.name, shard.get_tensor(entry.name)) for entry in entries)
+        return tensors
+
+    def open(self, snapshot: Snapshot) -> Stored:
+        """Reads the files itself, so that it can judge what the library loads."""
+        places = {entry.name: entry for entry in own_checkpoint(snapshot).tensors}
+
+        def read(names: Sequence[str]) -> dict[str, torch.Tensor]:
+            return dict(zip(names, in_parallel(_read, [places[name] for name in names], READERS), strict=True))
+
+        return Stored(tuple(described(entry) for entry in places.values()), read)
+
+    def write(self, stored: Stored, path: Path, task: Task) -> None:
+        """Tied tensors are written under each of their names: the format shares nothing."""
+        names = {torch_name: name for name, torch_name in TORCH_DTYPES.items()}
+        header, end = {}, 0
+        for entry in stored.entries:
+            dtype = names[str(entry.dtype).removeprefix("torch.")]
+            shape = [*entry.shape[:-1], 2 * entry.shape[-1]] if dtype == "F4" else entry.shape
+            header[entry.name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + entry.nbytes]}
+            end += entry.nbytes
+        encoded = json.dumps(header).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        with path.open("wb", buffering=0) as stream:
+            write = write_all(stream)
+            write(memoryview(len(encoded).to_bytes(8, "little") + encoded))
+            for batch in stored.batches():
+                tensors = stored.read([entry.name for entry in batch])
+                for entry in batch:
+                    write(as_bytes(tensors[entry.name]).numpy().data)
+                    task.advance(entry.nbytes)
+
+
+def own_checkpoint(snapshot: Snapshot) -> Checkpoint:
+    """What lies in a model's safetensors files. Raises UsageError if it has none."""
+    checkpoint = read_checkpoint(snapshot)
+    if checkpoint.format != "safetensors":
+        raise UsageError(f"no safetensors weights in {snapshot.root}", "choose another strategy, or auto")
+    return checkpoint
+
+
+def described(entry: TensorEntry) -> Entry:
+    """As torch sees it. Raises UsageError for a dtype that torch has not."""
+    import torch
+
+    if entry.dtype not in TORCH_DTYPES:
+        raise UsageError(f"{entry.file.source}: torch has no dtype for {entry.dtype}, which {entry.name!r} has")
+    shape = (*entry.shape[:-1], entry.shape[-1] // 2) if entry.dtype == "F4" else entry.shape
+    return Entry(entry.name, getattr(torch, TORCH_DTYPES[entry.dtype]), shape, entry.nbytes)
+
+
+def _read(entry: TensorEntry) -> torch.Tensor:
+    import torch
+
+    tensor = described(entry)
+    data = torch.empty(entry.nbytes, dtype=torch.uint8)
+    view, done = data.numpy().data, 0
+    with translated_os_errors(f"read {entry.file.source}"), entry.file.source.open("rb", buffering=0) as stream:
+        while done < entry.nbytes:
+            count = os.preadv(stream.fileno(), [view[done : done + (1 << 30)]], entry.offset + done)
+            if not count:
+                raise IntegrityError(f"{entry.file.source} became shorter while it was read", "fetch it again")
+            done += count
+    return data.view(tensor.dtype).reshape(tensor.shape)

@@ -1,0 +1,90 @@
+"""torch.load of pickled state dicts: weights only, mapped where the file allows it."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from weightctl.checkpoint import Checkpoint, read_checkpoint
+from weightctl.errors import IntegrityError, UsageError
+from weightctl.loaders.base import SUFFIXES, FormatLoader, loaders, translated_read_errors
+from weightctl.loaders.stored import Stored, stored
+from weightctl.model import Snapshot
+from weightctl.progress import Task
+
+if TYPE_CHECKING:
+    import torch
+
+
+@loaders.register("torch")
+class TorchLoader(FormatLoader):
+    """`torch.load(…, mmap=True, weights_only=True)`."""
+
+    summary = "torch.load, mapped, weights only"
+    requires: ClassVar[Mapping[str, str]] = {"torch": "torch", "numpy": "torch"}
+    formats = ("torch",)
+    filename = "pytorch_model.bin"
+
+    def prepare(self, snapshot: Snapshot) -> None:  # noqa: ARG002
+        """Import torch."""
+        import torch  # noqa: F401
+
+    def load(self, snapshot: Snapshot, device: str) -> dict[str, torch.Tensor]:
+        """Tied tensors stay tied. On the CPU the tensors are views of the mapped files."""
+        tensors: dict[str, torch.Tensor] = {}
+        for file in _checkpoint(snapshot).files:
+            found = _load(file.source, device)
+            if double := found.keys() & tensors.keys():
+                raise UsageError(
+                    f"{file.path} and a file before it both hold the tensor {min(double)!r}",
+                    "if they are different models, say which one is meant with --include",
+                )
+            tensors.update(found)
+        return tensors
+
+    def open(self, snapshot: Snapshot) -> Stored:
+        """Mapped, so a tensor is read when it is used."""
+        return stored(self.load(snapshot, "cpu"))
+
+    def write(self, stored: Stored, path: Path, task: Task) -> None:
+        """All tensors are in memory (or mapped) together: the format is one pickle."""
+        import torch
+
+        tensors: dict[str, torch.Tensor] = {}
+        for name, tensor in stored.read([entry.name for entry in stored.without(stored.ties).entries]).items():
+            # A view would be saved with all of the memory that it is a view of.
+            whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+            tensors[name] = tensor if whole else tensor.clone()
+        torch.save({entry.name: tensors[stored.ties.get(entry.name, entry.name)] for entry in stored.entries}, path)
+        task.advance(stored.bytes)
+
+
+def _checkpoint(snapshot: Snapshot) -> Checkpoint:
+    others = [file for file in snapshot.files if not file.path.endswith(SUFFIXES["safetensors"])]
+    return read_checkpoint(snapshot.replace_files(others))
+
+
+def _load(path: Path, device: str) -> dict[str, torch.Tensor]:
+    import torch
+
+    try:
+        with translated_read_errors(path):
+            with path.open("rb") as stream:
+                zipped = stream.read(4) == b"PK\3\4"
+            content = torch.load(path, map_location=device, mmap=zipped, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise IntegrityError(
+            f"{path} holds more than tensors, so it was not loaded: its pickle could run any program",
+            "get the model as safetensors, or convert it where you trust its author",
+        ) from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds a {type(content).__name__}, not a state dict", _WANTED)
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+            raise UsageError(f"{path} is no plain state dict: {name!r} is a {type(value).__name__}", _WANTED)
+    return {name: value.detach() for name, value in content.items()}
+
+
+_WANTED = "weightctl reads a dict of names and dense tensors, as model.state_dict() gives"
