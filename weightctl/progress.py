@@ -11,9 +11,6 @@ class Task:
     def advance(self, amount: int) -> None:
         """`amount` more bytes are done (negative: a retry threw some away)."""
 
-    def grow(self, amount: int) -> None:
-        """`amount` more bytes than announced have to be done."""
-
     def close(self) -> None:
         """The task is over, done or not."""
 

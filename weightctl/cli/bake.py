@@ -72,7 +72,7 @@ def bake(
         result = run(model, recipe, revision=revision, **wanted, config=config, progress=progress)
     reused = sum(layer.reused for layer in result.layers)
     done = (
-        f"{result.tag} in {result.target}: {len(result.layers)} layers ({reused} reused), {ui.size(result.bytes)}, "
+        f"{result.tag} in {result.target}: {ui.count(len(result.layers), 'layer')} ({reused} reused), {ui.size(result.bytes)}, "
         f"{ui.size(result.written_bytes)} written in {ui.seconds(result.seconds)}"
     )
     return ui.show_result(result, json, result.digest, done)
@@ -81,7 +81,7 @@ def bake(
 def _todo(plan: BakePlan) -> str:
     existing = sum(layer.exists for layer in plan.layers)
     lines = [
-        f"{len(plan.layers)} layers ({existing} there), {ui.size(plan.write_bytes)} to write to {plan.target}",
+        f"{ui.count(len(plan.layers), 'layer')} ({existing} there), {ui.size(plan.write_bytes)} to write to {plan.target}",
         f"disk needed: {ui.size(plan.peak_disk_bytes)}",
         *([f"to fetch first: {ui.size(plan.missing_bytes)}"] if plan.missing_bytes else []),
         *(f"would fail: {problem}" for problem in plan.problems),

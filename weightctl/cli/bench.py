@@ -54,7 +54,10 @@ def bench(
     cache_dir: options.CacheDir = None,
     json: options.Json = False,
 ) -> None:
-    """Time every way to load a model, each run in a fresh process, every tensor compared. Prints a table."""
+    """Time every way to load a model.
+
+    Each run is a fresh process, and every tensor is compared with the model's own bytes. Prints a table.
+    """
     from weightctl.operations.bench import bench as run
 
     given = {"device": device, "runs": runs, "timeout": timeout, "workers": workers, "cache_dir": cache_dir}

@@ -37,9 +37,9 @@ def pull(
     with ui.progress() as progress:
         if dry_run:
             plan = plan_pull(model, revision=revision, to=to, **wanted, config=config, progress=progress)
-            missing = f"{plan.missing_files} of {plan.files} files, {ui.size(plan.missing_bytes)}, to fetch"
+            missing = f"{plan.missing_files} of {ui.count(plan.files, 'file')}, {ui.size(plan.missing_bytes)}, to fetch"
             return ui.show_plan(plan, json, plan.path, missing)
         result = run(model, revision=revision, to=to, **wanted, config=config, progress=progress)
     fetched = f"{ui.size(result.fetched_bytes)} fetched" if result.fetched_bytes else "nothing to fetch"
-    done = f"{result.files} files, {ui.size(result.bytes)}, {fetched}, verified in {ui.seconds(result.seconds)}"
+    done = f"{ui.count(result.files, 'file')}, {ui.size(result.bytes)}, {fetched}, verified in {ui.seconds(result.seconds)}"
     return ui.show_result(result, json, result.path, done)

@@ -38,11 +38,13 @@ def push_volume(
     with ui.progress() as progress:
         if dry_run:
             plan = plan_push(model, volume, name=name, revision=revision, **wanted, config=config, progress=progress)
-            todo = "is there already" if plan.exists else f"{plan.files} files, {ui.size(plan.bytes)}, to copy"
+            todo = (
+                "is there already" if plan.exists else f"{ui.count(plan.files, 'file')}, {ui.size(plan.bytes)}, to copy"
+            )
             todo += f"; {ui.size(plan.missing_bytes)} to fetch first" if plan.missing_bytes else ""
             return ui.show_plan(plan, json, volume / plan.name, f"{plan.name}: {todo}")
         result = run(model, volume, name=name, revision=revision, **wanted, config=config, progress=progress)
     copied = f"{ui.size(result.copied_bytes)} copied and verified" if result.copied_bytes else "nothing to copy"
-    what = f"{result.name}@{result.version}: {result.files} files, {ui.size(result.bytes)}"
+    what = f"{result.name}@{result.version}: {ui.count(result.files, 'file')}, {ui.size(result.bytes)}"
     done = f"{what}, {copied} in {ui.seconds(result.seconds)}"
     return ui.show_result(result, json, result.path, done)

@@ -31,7 +31,10 @@ def serialize(
     dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
-    """Write a model's weights as one file that loads quickly, and read it back. Prints the file."""
+    """Write a model as one file that loads quickly.
+
+    It is read back and compared before it gets its name. Prints the file.
+    """
     from weightctl.operations.serialize import plan_serialize
     from weightctl.operations.serialize import serialize as run
 

@@ -26,6 +26,11 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def count(number: int, noun: str) -> str:
+    """`1 file`, `2 files`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def seconds(count: float) -> str:
     """A duration, to three digits."""
     return f"{count * 1000:.0f} ms" if count < 0.9995 else f"{count:.2f} s" if count < 100 else f"{count:.0f} s"
@@ -98,13 +103,14 @@ def _print_stderr(label: str, style: str, message: str) -> None:
 
 
 class RichProgress(Progress):
-    """Bars on a terminal; only the notes elsewhere."""
+    """Bars on a terminal, only while a task is open, so that nothing draws while something is timed; notes anywhere."""
 
     def __init__(self, bars: rich.progress.Progress) -> None:
         self._bars = bars
 
     def task(self, description: str, total: int) -> Task:
         """A bar by bytes."""
+        self._bars.start()
         return _RichTask(self._bars, self._bars.add_task(description, total=total))
 
     def note(self, message: str) -> None:
@@ -119,13 +125,10 @@ class _RichTask(Task):
     def advance(self, amount: int) -> None:
         self._bars.advance(self._task, amount)
 
-    def grow(self, amount: int) -> None:
-        bar = next(bar for bar in self._bars.tasks if bar.id == self._task)
-        self._bars.update(self._task, total=(bar.total or 0) + amount)
-
     def close(self) -> None:
-        self._bars.stop_task(self._task)
         self._bars.remove_task(self._task)
+        if not self._bars.tasks:
+            self._bars.stop()
 
 
 @contextmanager
@@ -139,5 +142,8 @@ def progress() -> Iterator[Progress]:
     columns = (
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    with Bars(*columns, console=console, disable=not sys.stderr.isatty(), transient=True) as bars:
+    bars = Bars(*columns, console=console, disable=not sys.stderr.isatty(), transient=True)
+    try:
         yield RichProgress(bars)
+    finally:
+        bars.stop()

@@ -41,5 +41,5 @@ def verify(
     if result.problems:
         raise IntegrityError("; ".join(result.problems), "fetch or make it again")
     if not json:
-        done = f"{result.files} files, {ui.size(result.bytes)}, verified in {ui.seconds(result.seconds)}"
+        done = f"{ui.count(result.files, 'file')}, {ui.size(result.bytes)}, verified in {ui.seconds(result.seconds)}"
         ui.show_result(result, json, target, done)
