@@ -72,16 +72,17 @@ def bake(
         result = run(model, recipe, revision=revision, **wanted, config=config, progress=progress)
     reused = sum(layer.reused for layer in result.layers)
     done = (
-        f"{result.tag} in {result.target}: {ui.count(len(result.layers), 'layer')} ({reused} reused), {ui.size(result.bytes)}, "
-        f"{ui.size(result.written_bytes)} written in {ui.seconds(result.seconds)}"
+        f"{result.tag} in {result.target}: {ui.count(len(result.layers), 'layer')} ({reused} reused), "
+        f"{ui.size(result.bytes)}, {ui.size(result.written_bytes)} written in {ui.seconds(result.seconds)}"
     )
     return ui.show_result(result, json, result.digest, done)
 
 
 def _todo(plan: BakePlan) -> str:
     existing = sum(layer.exists for layer in plan.layers)
+    layers = ui.count(len(plan.layers), "layer")
     lines = [
-        f"{ui.count(len(plan.layers), 'layer')} ({existing} there), {ui.size(plan.write_bytes)} to write to {plan.target}",
+        f"{layers} ({existing} there), {ui.size(plan.write_bytes)} to write to {plan.target}",
         f"disk needed: {ui.size(plan.peak_disk_bytes)}",
         *([f"to fetch first: {ui.size(plan.missing_bytes)}"] if plan.missing_bytes else []),
         *(f"would fail: {problem}" for problem in plan.problems),

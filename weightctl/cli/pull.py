@@ -41,5 +41,6 @@ def pull(
             return ui.show_plan(plan, json, plan.path, missing)
         result = run(model, revision=revision, to=to, **wanted, config=config, progress=progress)
     fetched = f"{ui.size(result.fetched_bytes)} fetched" if result.fetched_bytes else "nothing to fetch"
-    done = f"{ui.count(result.files, 'file')}, {ui.size(result.bytes)}, {fetched}, verified in {ui.seconds(result.seconds)}"
+    files = f"{ui.count(result.files, 'file')}, {ui.size(result.bytes)}"
+    done = f"{files}, {fetched}, verified in {ui.seconds(result.seconds)}"
     return ui.show_result(result, json, result.path, done)
