@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -89,6 +90,17 @@ def state(directory: Path) -> dict[str, tuple[int, int, int]]:
     return found
 
 
+def bytes_in(*directories: Path) -> int:
+    """Bytes of the files below, while somebody writes, renames and removes them."""
+    total = 0
+    for path in (path for directory in directories for path in directory.rglob("*")):
+        try:
+            total += path.lstat().st_size if path.is_file() else 0
+        except FileNotFoundError:
+            continue
+    return total
+
+
 def settle(directory: Path) -> Path:
     """Wait until what lies there is old enough for its digests to be remembered."""
     newest = max(path.stat().st_ctime for path in [directory, *directory.rglob("*")])
@@ -102,3 +114,10 @@ def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.002)
+
+
+def kill_at(process: subprocess.Popen[str], directory: Path, size: int) -> None:
+    """Kill the process when it has written that many bytes below the directory, if it has not ended before."""
+    wait_for(lambda: process.poll() is not None or bytes_in(directory) >= size)
+    process.kill()
+    process.communicate()

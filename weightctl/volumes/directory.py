@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from weightctl import storage
 from weightctl.config import Config
-from weightctl.digests import Check, DigestCache, Identity, check_against
+from weightctl.digests import Check, DigestCache, Identity, check_against, hash_files, unchanging
 from weightctl.errors import IntegrityError, UsageError, translated_os_errors
 from weightctl.model import File, Snapshot, check_name, check_path
 from weightctl.progress import Progress, Task
@@ -22,6 +23,8 @@ from weightctl.volumes.base import Published, Volume, volumes
 
 VERSION_DIGITS = 16
 """A version is so many hex digits of its snapshot's digest: equal models have equal versions everywhere."""
+
+_VERSION = re.compile(f"[0-9a-f]{{{VERSION_DIGITS}}}")
 
 
 @volumes.register("directory")
@@ -42,6 +45,9 @@ class DirectoryVolume(Volume):
         check_name(name)
         with translated_os_errors(f"write to the volume {self.path}"), self._pushing(name):
             found = self.find(snapshot, name)
+            if found is None and self._may_hold(snapshot, name):
+                snapshot = _hashed(snapshot, config, progress)
+                found = self.find(snapshot, name)
             if found is None:
                 staging = self._staging(snapshot, name)
                 with progress.task("pushing", snapshot.bytes) as task:
@@ -50,7 +56,7 @@ class DirectoryVolume(Volume):
                 found = self._publish(snapshot, name, staging)
             else:
                 copied = 0
-            self._point_latest(found)
+            self._point_latest(name, found)
             return Published(found.name, found, copied, snapshot.bytes - copied)
 
     def find(self, snapshot: Snapshot, name: str) -> Path | None:
@@ -66,11 +72,16 @@ class DirectoryVolume(Volume):
             )
         return path if path.is_dir() else None
 
+    def _may_hold(self, snapshot: Snapshot, name: str) -> bool:
+        """Whether some version has files of these names and sizes: then hashing them first may save copying them."""
+        versions = [self.path / name / version for version in self.versions(name)]
+        return any(all(_has_size(path / file.path, file.size) for file in snapshot.files) for path in versions)
+
     def resolve(self, name: str, version: str = "latest") -> Path:
         """See `Volume.resolve`. `latest` is followed, so the path stays what it is when a new version comes."""
         parent = self.path / check_name(name)
         path = parent / version
-        if os.sep in version or version in (".", "..") or not path.is_dir():
+        if not (version == "latest" or _VERSION.fullmatch(version)) or not path.is_dir():
             known = self.versions(name)
             hint = f"versions: {', '.join(known)}" if known else f"names here: {', '.join(self.names()) or 'none'}"
             raise UsageError(f"the volume {self.path} has no version {version!r} of {name!r}", hint)
@@ -85,7 +96,7 @@ class DirectoryVolume(Volume):
         expected = self._contents(name, path)
         found = check_against(expected, config.workers, progress)
         published = {file.path for file in expected}
-        here = [file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir()]
+        here = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_symlink() or not file.is_dir()]
         strays = [f"{file} was not published with this version" for file in sorted(here) if file not in published]
         return dataclasses.replace(found, problems=(*found.problems, *strays))
 
@@ -100,7 +111,7 @@ class DirectoryVolume(Volume):
                 File(check_path(item["path"]), int(item["size"]), path / item["path"], str(item["sha256"]))
                 for item in listed
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise IntegrityError(f"{manifest} is damaged", "push the model again") from error
 
     def names(self) -> list[str]:
@@ -113,7 +124,7 @@ class DirectoryVolume(Volume):
         parent = self.path / name
         if not parent.is_dir():
             return []
-        return sorted(path.name for path in parent.iterdir() if path.is_dir() and not path.is_symlink())
+        return sorted(path.name for path in parent.iterdir() if _VERSION.fullmatch(path.name))
 
     @contextmanager
     def _pushing(self, name: str) -> Iterator[None]:
@@ -160,6 +171,7 @@ class DirectoryVolume(Volume):
             return found
         manifest = self._manifest(name, version)
         storage.make_directories(manifest.parent)
+        storage.sweep_temporaries(manifest.parent)
         with storage.atomic_write(manifest) as stream:
             files = [{"path": file.path, "size": file.size, "sha256": file.sha256} for file in snapshot.files]
             content = json.dumps({"name": name, "version": version, "files": files})
@@ -168,11 +180,11 @@ class DirectoryVolume(Volume):
         storage.rename(staging, final)
         return final
 
-    def _point_latest(self, version: Path) -> None:
+    def _point_latest(self, name: str, version: Path) -> None:
         latest = version.parent / "latest"
         if latest.is_symlink() and latest.readlink() == Path(version.name):
             return
-        temporary = self._control / "staging" / f"latest-{os.getpid()}"
+        temporary = self._control / "staging" / f"{_flat(name)}.latest"
         storage.make_directories(temporary.parent)
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(version.name)
@@ -202,6 +214,13 @@ def _with_remembered_digests(snapshot: Snapshot) -> Snapshot:
     )
 
 
+def _hashed(snapshot: Snapshot, config: Config, progress: Progress) -> Snapshot:
+    """SHA-256 also where only reading the file tells."""
+    unread = [file for file in snapshot.files if file.sha256 is None]
+    known = {file.path: file for file in hash_files(unread, config.workers, DigestCache(), progress)}
+    return snapshot.replace_files([known.get(file.path, file) for file in snapshot.files])
+
+
 def _stage_file(file: File, destination: Path, task: Task) -> tuple[File, int]:
     """The file with its SHA-256 (as copied, so as verified), and how many bytes had to be copied."""
     cache = DigestCache()
@@ -213,8 +232,11 @@ def _stage_file(file: File, destination: Path, task: Task) -> tuple[File, int]:
             task.advance(file.size)
             return file, 0
     digest = hashlib.sha256()
-    seen = Identity.of(file.source)
-    with file.source.open("rb", buffering=0) as source, destination.open("wb", buffering=0) as stream:
+    with (
+        unchanging(file.source) as seen,
+        file.source.open("rb", buffering=0) as source,
+        destination.open("wb", buffering=0) as stream,
+    ):
         storage.pump(source, file.size, [digest.update, storage.write_all(stream)], task)
         os.fchmod(stream.fileno(), 0o644)
         os.fsync(stream.fileno())

@@ -1,0 +1,74 @@
+"""The application around the commands: exit codes, streams, help."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import weightctl as package
+from tests.command import COMMAND, weightctl
+
+COMMANDS = ("pull", "bake", "push-volume", "serialize", "bench", "verify", "backends", "config")
+
+
+def test_the_version() -> None:
+    done = weightctl("--version")
+    assert (done.code, done.stdout, done.stderr) == (0, f"weightctl {package.__version__}\n", "")
+
+
+def test_every_command_of_the_contract_is_in_the_help() -> None:
+    done = weightctl("--help")
+    assert done.code == 0
+    for command in COMMANDS:
+        assert f"  {command} " in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str) -> None:
+    for flag in ("--help", "-h"):
+        done = weightctl(command, flag)
+        assert (done.code, done.stderr) == (0, "")
+        assert "--json" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["bkae"], ["bake"], ["bake", "./m"], ["bake", "--tga", "x"], ["verify"]])
+def test_wrong_usage_exits_2(arguments: list[str]) -> None:
+    done = weightctl(*arguments)
+    assert (done.code, done.stdout) == (2, "")
+    assert done.stderr
+
+
+def test_no_command_shows_the_help() -> None:
+    done = weightctl()
+    assert "push-volume" in done.stdout + done.stderr
+
+
+def test_control_characters_of_a_file_name_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "evil\x1b[31m\u202e.json").symlink_to("/etc/passwd")
+    done = weightctl("bake", tmp_path / "m", "--tag", "m:v1", "--to", f"layout:{tmp_path / 'layout'}")
+    assert done.code == 3
+    assert "\\x1b[31m\\u202e.json" in done.stderr
+    assert "\x1b" not in done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_traceback() -> None:
+    command = [*COMMAND, "backends", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert "Traceback" not in process.stderr.read()
+    process.wait()
+    process.stderr.close()
+
+
+def test_shell_completion() -> None:
+    asked = {"_WEIGHTCTL_COMPLETE": "complete_bash", "COMP_WORDS": "weightctl pu", "COMP_CWORD": "1"}
+    script = Path(sys.executable).with_name("weightctl")
+    done = subprocess.run([script], env={**os.environ, **asked}, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["pull", "push-volume"]
