@@ -45,6 +45,12 @@ class Fault:
     """Change the body of the registry's answer."""
     cut_reply_after: int | None = None
     """Pass on so many bytes of the registry's answer, then cut the connection."""
+    drop_reply: bool = False
+    """Let the registry do it, and cut the connection without a word."""
+    relative: bool = False
+    """Take the host out of the answer's Location."""
+    skip: int = 0
+    """Let so many pass before."""
     least: int = 0
     """Only for bodies of more bytes than that."""
 
@@ -52,7 +58,7 @@ class Fault:
 class ChaosProxy:
     """`with ChaosProxy("127.0.0.1:5000") as proxy:` listens at `proxy.host`."""
 
-    def __init__(self, registry: str, *, buffered: bool = False) -> None:
+    def __init__(self, registry: str, *, buffered: bool = False, address: str = "127.0.0.1") -> None:
         """`buffered`: take in a whole request before the registry hears of it, as nginx does by default."""
         self.registry = registry
         self.buffered = buffered
@@ -64,18 +70,20 @@ class ChaosProxy:
         """PATCH bodies stop here, after so many bytes together, until `go_on`."""
         self.held = threading.Event()
         self.go_on = threading.Event()
+        self.active = 0
+        """Requests that are being served."""
         self.lock = threading.Lock()
         proxy = self
 
         class Handler(_Handler):
             chaos = proxy
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer((address, 0), Handler)
         self._server.daemon_threads = True
-        self.host = f"127.0.0.1:{self._server.server_port}"
+        self.host = f"{address}:{self._server.server_port}"
 
     def __enter__(self) -> ChaosProxy:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -95,12 +103,14 @@ class ChaosProxy:
         """The fault that this request is to meet."""
         with self.lock:
             for fault in self.faults:
-                matches = (
-                    fault.method == seen.method and re.search(fault.path, seen.path) and seen.length >= fault.least
-                )
-                if matches and fault.times:
-                    fault.times -= 1
-                    return fault
+                meant = fault.method == seen.method and seen.length >= fault.least
+                if not (meant and fault.times and re.search(fault.path, seen.path)):
+                    continue
+                if fault.skip:
+                    fault.skip -= 1
+                    continue
+                fault.times -= 1
+                return fault
         return None
 
     def count(self, method: str, size: int) -> None:
@@ -121,6 +131,17 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing."""
 
     def _serve(self) -> None:
+        with self.chaos.lock:
+            self.chaos.active += 1
+        try:
+            self._pass_on()
+        finally:
+            with self.chaos.lock:
+                self.chaos.active -= 1
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = _serve  # noqa: N815
+
+    def _pass_on(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
         seen = Seen(self.command, self.path, dict(self.headers), length)
         self.chaos.seen.append(seen)
@@ -139,18 +160,24 @@ class _Handler(BaseHTTPRequestHandler):
             answer = upstream.getresponse()
             headers = {name: value for name, value in answer.getheaders() if name.lower() != "connection"}
             content = answer.read()
+            if fault.drop_reply:
+                self.connection.close()
+                return
+            if fault.relative:
+                headers["Location"] = headers["Location"].partition(self.headers["Host"])[2]
             if fault.reply_body:
                 content = fault.reply_body(content)
                 headers["Content-Length"] = str(len(content))
             self._reply(answer.status, {**headers, **fault.reply_headers}, content, fault)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = _serve  # noqa: N815
-
     def _forward(self, upstream: http.client.HTTPConnection, length: int, fault: Fault) -> bool:
         """Whether the whole request went through."""
         blocks = self._body(length)
         if self.chaos.buffered:
-            blocks = iter(list(blocks))
+            whole = list(blocks)
+            if sum(map(len, whole)) != length:
+                return False
+            blocks = iter(whole)
         upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
         for name, value in self.headers.items():
             if name.lower() != "connection":

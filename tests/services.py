@@ -90,3 +90,36 @@ def _wait_for(host: str, process: subprocess.Popen[bytes]) -> None:
             return
         time.sleep(0.05)
     raise AssertionError("the service does not answer")
+
+
+@contextmanager
+def docker_engine() -> Iterator[str]:
+    """A Docker engine of its own for the time of the block: what DOCKER_HOST has to be."""
+    if shutil.which("dockerd") is None:
+        cannot("dockerd is not installed")
+    if os.geteuid() != 0:
+        cannot("dockerd needs root")
+    with tempfile.TemporaryDirectory(prefix="dockerd-") as directory:  # a socket's path has to be short
+        socket_path = Path(directory, "socket")
+        command = [
+            "dockerd", "--host", f"unix://{socket_path}", "--data-root", f"{directory}/data",
+            "--exec-root", f"{directory}/exec", "--pidfile", f"{directory}/pid", "--bridge", "none", "--iptables=false",
+        ]  # fmt: skip
+        with Path(directory, "log").open("w+") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log)
+            try:
+                for _ in range(600):
+                    if process.poll() is not None:
+                        log.seek(0)
+                        cannot(f"dockerd does not start here: {log.read()[-500:]}")
+                    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as trial:
+                        trial.connect(str(socket_path))
+                        break
+                    time.sleep(0.1)
+                yield f"unix://{socket_path}"
+            finally:
+                process.terminate()
+                process.wait()
+                subprocess.run(
+                    ["umount", "--recursive", f"{directory}/data/overlay2"], check=False, capture_output=True
+                )

@@ -51,7 +51,9 @@ class TokenServer:
                 content = b"{}"
                 if known:
                     name = "access_token" if method == "POST" else "token"
-                    content = json.dumps({name: tokens.issue(scopes, anonymous), "expires_in": tokens.lifetime}).encode()
+                    content = json.dumps(
+                        {name: tokens.issue(scopes, anonymous), "expires_in": tokens.lifetime}
+                    ).encode()
                 self.send_response(200 if known else 401)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
@@ -65,7 +67,7 @@ class TokenServer:
         )
 
     def __enter__(self) -> TokenServer:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -80,6 +80,12 @@ class Config:
         default="auto",
         metadata=_setting(_name, "auto or a name that 'weightctl backends' lists", "how weights are loaded"),
     )
+    ring_bytes: int = field(
+        default=128 << 20,
+        metadata=_setting(
+            _integer(2 << 20, 1 << 40), "bytes, from 2 MiB", "pinned memory that weights pass through to a CUDA device"
+        ),
+    )
     runs: int = field(
         default=3,
         metadata=_setting(_integer(1, 1000), "a whole number from 1 to 1000", "measured runs of each bench row"),

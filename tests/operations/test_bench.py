@@ -92,7 +92,7 @@ def test_a_real_model_as_a_user_does_it(minilm: Path, tmp_path: Path) -> None:
     assert list(result) == ["environment", "ceilings", "model", "results"]
     assert result["ceilings"].keys() == {"warm_read", "cold_read"}
     assert [result["model"][key] for key in ("bytes", "tensors", "format")] == [90_856_960, 104, "safetensors"]
-    assert len(result["results"]) == 8
+    assert len(result["results"]) == 10
     for measured in result["results"]:
         assert list(measured) == ROW
         assert measured["status"] == "ok", measured

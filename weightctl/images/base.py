@@ -5,9 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
+from weightctl import storage
 from weightctl.config import Config
 from weightctl.digests import Check
+from weightctl.errors import WeightctlError
 from weightctl.images.oci import ImageName, ImagePlan, LayerPlan, WrittenLayer
 from weightctl.progress import Progress
 from weightctl.registry import Backend, Registry
@@ -49,12 +52,28 @@ class Baked:
     written_bytes: int
 
 
+@dataclass(frozen=True)
+class Preview:
+    """What a bake would meet, as far as can be told without reading the model."""
+
+    existing: tuple[bool, ...]
+    """For each of the plan's layers, whether it is known to be there."""
+    peak_disk_bytes: int
+    """What has to be free where the image goes, on this machine; 0 if nothing is written here."""
+    problems: tuple[str, ...] = ()
+    """Why it would fail, a sentence each."""
+
+
 class Images(Backend, ABC):
     """A place where images go."""
 
     @abstractmethod
     def __init__(self, location: str) -> None:
         """`location` is what follows the backend's name in `--to`."""
+
+    @abstractmethod
+    def preview(self, plan: ImagePlan, name: ImageName, *, config: Config) -> Preview:
+        """What `bake` would meet. Moves nothing."""
 
     @abstractmethod
     def bake(self, plan: ImagePlan, name: ImageName, *, config: Config, progress: Progress) -> Baked:
@@ -66,6 +85,15 @@ class Images(Backend, ABC):
     @abstractmethod
     def check(self, *, config: Config, progress: Progress) -> Check:
         """Read every blob of every image there, and compare digests, sizes and diffIDs."""
+
+
+def space_problems(directory: Path, needed: int) -> tuple[str, ...]:
+    """Whether the filesystem of `directory` lacks room for `needed` bytes."""
+    try:
+        storage.check_space(directory, needed)
+    except WeightctlError as error:
+        return (error.message,)
+    return ()
 
 
 images: Registry[Images] = Registry("image target")

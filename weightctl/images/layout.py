@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,28 +13,31 @@ from weightctl import storage
 from weightctl.config import Config
 from weightctl.digests import Check, DigestCache, check_against, check_files
 from weightctl.errors import IntegrityError, UsageError, translated_os_errors
-from weightctl.images.base import Baked, Images, describe, images
+from weightctl.images.base import Baked, Images, Preview, describe, images
+from weightctl.images.bases import base_image, choose, descriptor
 from weightctl.images.oci import (
     CONFIG,
+    DIGEST,
     INDEX,
     LAYER,
     MANIFEST,
+    MAX_JSON_BYTES,
+    NAME_ANNOTATION,
+    TAG_ANNOTATION,
+    BaseImage,
     Descriptor,
     ImageName,
     ImagePlan,
     LayerPlan,
     WrittenLayer,
+    copy_blob,
+    index_entry,
     plain_layer,
+    remembered_digest,
     write_layer,
 )
 from weightctl.model import File
 from weightctl.progress import Progress, Task
-
-NAME_ANNOTATION = "io.containerd.image.name"
-TAG_ANNOTATION = "org.opencontainers.image.ref.name"
-DIGEST = re.compile("sha256:[0-9a-f]{64}")
-MAX_JSON_BYTES = 4 << 20
-"""What registries commonly accept of a manifest."""
 
 
 @images.register("layout")
@@ -51,12 +53,26 @@ class LayoutImages(Images):
         self._blobs = self.path / "blobs" / "sha256"
         self._staging = self.path / ".weightctl"
 
+    def preview(self, plan: ImagePlan, name: ImageName, *, config: Config) -> Preview:  # noqa: ARG002
+        """See `Images.preview`."""
+        with translated_os_errors(f"read the image layout {self.path}"):
+            existing = tuple(self._has_size(remembered_digest(layer), layer.size) for layer in plan.layers)
+            needed = sum(layer.size for layer, there in zip(plan.layers, existing, strict=True) if not there)
+            needed += sum(blob.size for blob in plan.base_blobs if not self._has_size(blob.digest, blob.size))
+        return Preview(existing, needed)
+
     def bake(self, plan: ImagePlan, name: ImageName, *, config: Config, progress: Progress) -> Baked:
         """See `Images.bake`. A blob that is there already is not written again."""
         with translated_os_errors(f"write the image layout {self.path}"), self._writing():
-            storage.check_space(self.path, sum(layer.size for layer in plan.layers if not self._may_hold(layer.size)))
+            unknown = self._unknown_sizes(plan)  # taken now: a shard just written has the size of those that follow
+            new = [layer for layer in plan.layers if layer.size not in unknown]
+            new = [layer for layer in new if not self._has_size(remembered_digest(layer), layer.size)]
+            storage.check_space(self.path, sum(layer.size for layer in new))
             with progress.task("baking", sum(file.size for layer in plan.layers for file in layer.files)) as task:
-                layers = storage.in_parallel(lambda layer: self._write_layer(layer, task), plan.layers, config.workers)
+                storage.in_parallel(lambda blob: self._copy_base_blob(plan, blob), plan.base_blobs, config.workers)
+                layers = storage.in_parallel(
+                    lambda layer: self._write_layer(layer, unknown, task), plan.layers, config.workers
+                )
             written = [layer for layer, _ in layers]
             image_config = plan.config(written)
             manifest = plan.manifest(Descriptor.of(CONFIG, image_config), written)
@@ -113,6 +129,25 @@ class LayoutImages(Images):
             raise IntegrityError(f"{blob.path} is no JSON object")
         return value
 
+    def open_base(self, tag: str | None, platform: str | None) -> BaseImage:
+        """An image of the layout; `tag` and `platform` may be None where it is plain which is meant."""
+        what = f"layout:{self.path}" + (f"#{tag}" if tag else "")
+        entries = self._read_index()["manifests"]
+        tagged = [entry for entry in entries if tag in (None, (entry.get("annotations") or {}).get(TAG_ANNOTATION))]
+        if not tagged:
+            raise UsageError(f"there is no image {what}", "see index.json there for the tags")
+        manifest = self._read_json(choose(tagged, platform, what))
+        if "manifests" in manifest:
+            manifest = self._read_json(choose(manifest["manifests"], platform, what))
+        config = self._read_json(manifest.get("config"))
+        return base_image(what, manifest, config, lambda blob: self.blob(blob.digest).open("rb", buffering=0))
+
+    def _read_json(self, entry: Any) -> dict[str, Any]:
+        value = self._read_json_blob(descriptor(entry).to_json(), {})
+        if value is None:
+            raise IntegrityError(f"a blob of {self.path} is missing or damaged: {entry['digest']}")
+        return value
+
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """Alone in a directory that is a layout, or becomes one."""
@@ -142,34 +177,46 @@ class LayoutImages(Images):
 
     def existing(self, layer: LayerPlan) -> str | None:
         """The digest of a layer whose blob is there; None also if only reading the model could tell."""
-        remembered = DigestCache().get(layer.key, layer.files[0].source) if len(layer.files) == 1 else None
+        remembered = remembered_digest(layer)
         return remembered if remembered and self._holds(remembered, layer.size) else None
+
+    def _has_size(self, digest: str | None, size: int) -> bool:
+        return digest is not None and self.blob(digest).is_file() and self.blob(digest).stat().st_size == size
 
     def _holds(self, digest: str, size: int) -> bool:
         """Whether the blob is there with the right bytes (read again, unless it has not changed since it last was)."""
-        blob = File(digest, size, self.blob(digest), sha256=digest.removeprefix("sha256:"))
-        if not blob.source.is_file() or blob.source.stat().st_size != size:
+        if not self._has_size(digest, size):
             return False
+        blob = File(digest, size, self.blob(digest), sha256=digest.removeprefix("sha256:"))
         _, damaged = check_files([blob], 1, DigestCache(), Progress())
         return not damaged
 
-    def _write_layer(self, layer: LayerPlan, task: Task) -> tuple[WrittenLayer, bool]:
+    def _write_layer(self, layer: LayerPlan, unknown: set[int], task: Task) -> tuple[WrittenLayer, bool]:
         """The layer's blob, and whether it was there already."""
-        digest = self.existing(layer)
-        if digest is None and self._may_hold(layer.size):
-            found = write_layer(layer, [], Task())
-            digest = found if self._holds(found, layer.size) else None
-        if digest is not None:
-            task.advance(sum(file.size for file in layer.files))
+        size = sum(file.size for file in layer.files)
+        if (digest := self.existing(layer)) is not None:
+            task.advance(size)
             return plain_layer(layer, digest), True
+        if layer.size in unknown:
+            digest = write_layer(layer, [], task)
+            if self._holds(digest, layer.size):
+                return plain_layer(layer, digest), True
+            task.advance(-size)
         with storage.staged_file(self._staging) as staged:
             digest = write_layer(layer, [storage.write_all(staged.stream)], task)
             staged.publish(self.blob(digest))
         return plain_layer(layer, digest), False
 
-    def _may_hold(self, size: int) -> bool:
-        """Whether some blob has this size: then hashing the layer first may save writing it."""
-        return any(path.stat().st_size == size for path in self._blobs.iterdir())
+    def _copy_base_blob(self, plan: ImagePlan, blob: Descriptor) -> None:
+        if not self._holds(blob.digest, blob.size):
+            with storage.staged_file(self._staging) as staged:
+                copy_blob(plan.open_base_blob(blob), blob, [storage.write_all(staged.stream)], Task())
+                staged.publish(self.blob(blob.digest))
+
+    def _unknown_sizes(self, plan: ImagePlan) -> set[int]:
+        """Sizes of the blobs that may be layers of the plan: hashing one of such a size first may save writing it."""
+        known = {self.blob(digest) for digest in map(remembered_digest, plan.layers) if digest}
+        return {path.stat().st_size for path in self._blobs.iterdir() if path not in known}
 
     def _write_small(self, content: bytes) -> int:
         digest = Descriptor.of("", content).digest
@@ -204,12 +251,5 @@ class LayoutImages(Images):
             if full == name.canonical or (full is None and tag == name.tag):
                 continue
             others.append({**entry, "annotations": {**annotations, TAG_ANNOTATION: full}} if tag == name.tag else entry)
-        os_name, architecture, *variant = platform.split("/")
-        entry = {
-            **manifest.to_json(),
-            "platform": {
-                "os": os_name, "architecture": architecture, **({"variant": variant[0]} if variant else {}),
-            },
-            "annotations": {NAME_ANNOTATION: name.canonical, TAG_ANNOTATION: name.tag},
-        }  # fmt: skip
+        entry = index_entry(manifest, name, platform)
         self._write_json(self.path / "index.json", {**index, "manifests": [*others, entry]})

@@ -25,6 +25,17 @@ MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 CONFIG = "application/vnd.oci.image.config.v1+json"
 INDEX = "application/vnd.oci.image.index.v1+json"
 LAYER = "application/vnd.oci.image.layer.v1.tar"
+LAYER_GZIP = f"{LAYER}+gzip"
+LAYER_ZSTD = f"{LAYER}+zstd"
+
+NAME_ANNOTATION = "io.containerd.image.name"
+TAG_ANNOTATION = "org.opencontainers.image.ref.name"
+DIGEST = re.compile("sha256:[0-9a-f]{64}")
+MAX_JSON_BYTES = 4 << 20
+"""What registries commonly accept of a manifest."""
+
+MAX_LAYERS = 120
+"""Docker 20.10 takes 125 layers and refuses more ("max depth exceeded"); some are left for whoever builds on top."""
 
 LAYER_FORMAT = "1"
 """Goes up when the same file would become other layer bytes."""
@@ -177,9 +188,38 @@ def write_layer(layer: LayerPlan, sinks: Sequence[storage.Sink], task: Task) -> 
     return f"sha256:{digest.hexdigest()}"
 
 
+def remembered_digest(layer: LayerPlan) -> str | None:
+    """The layer's digest, if it was written from these very files before."""
+    return DigestCache().get(layer.key, layer.files[0].source) if len(layer.files) == 1 else None
+
+
+def layer_digest(layer: LayerPlan) -> str:
+    """The layer's digest, which costs a reading of its files unless it is remembered."""
+    return remembered_digest(layer) or write_layer(layer, [], Task())
+
+
 def plain_layer(layer: LayerPlan, digest: str) -> WrittenLayer:
     """The layer as an uncompressed blob, whose digest is its diffID too."""
     return WrittenLayer(Descriptor(LAYER, digest, layer.size), digest)
+
+
+def copy_blob(source: BinaryIO, blob: Descriptor, sinks: Sequence[storage.Sink], task: Task) -> None:
+    """Give a blob's bytes to every sink. Raises IntegrityError if they are not those that its digest names."""
+    digest = hashlib.sha256()
+    with source:
+        storage.pump(source, blob.size, [digest.update, *sinks], task)
+    if f"sha256:{digest.hexdigest()}" != blob.digest:
+        raise IntegrityError(f"the blob {blob.digest} is damaged: it hashes to sha256:{digest.hexdigest()}")
+
+
+def index_entry(manifest: Descriptor, name: ImageName, platform: str) -> dict[str, Any]:
+    """How an index lists an image, so that containerd finds it by its name and skopeo by its tag."""
+    os_name, architecture, *variant = platform.split("/")
+    return {
+        **manifest.to_json(),
+        "platform": {"os": os_name, "architecture": architecture, **({"variant": variant[0]} if variant else {})},
+        "annotations": {NAME_ANNOTATION: name.canonical, TAG_ANNOTATION: name.tag},
+    }
 
 
 class LayerReader(io.RawIOBase):
@@ -266,15 +306,16 @@ def _padded(size: int, to: int = tarfile.BLOCKSIZE) -> int:
 
 def _tar_header(name: str, size: int | None) -> bytes:
     """The header of a file of `size` bytes, or of a directory: root's, from the year 1970, 0644 or 0755."""
+    try:
+        name.encode()  # of other names tarfile makes a header that not every engine reads
+    except UnicodeEncodeError as error:
+        raise IntegrityError(f"the file name {name!r} is not UTF-8", "rename it: images hold UTF-8 names") from error
     entry = tarfile.TarInfo(name)
     if size is None:
         entry.type, entry.mode = tarfile.DIRTYPE, 0o755
     else:
         entry.size, entry.mode = size, 0o644
-    try:
-        return entry.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict")
-    except UnicodeEncodeError as error:
-        raise IntegrityError(f"the file name {name!r} is not UTF-8", "rename it: images hold UTF-8 names") from error
+    return entry.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict")
 
 
 @dataclass(frozen=True)
@@ -294,6 +335,22 @@ class ImagePlan:
         """Bytes of all layers."""
         return sum(layer.size for layer in self.layers)
 
+    @property
+    def base_layers(self) -> tuple[WrittenLayer, ...]:
+        """Those that the model's layers are put on."""
+        return self.base.layers if self.base else ()
+
+    @property
+    def base_blobs(self) -> list[Descriptor]:
+        """The blobs of the base's layers, each once."""
+        return list(dict.fromkeys(layer.blob for layer in self.base_layers))
+
+    def open_base_blob(self, blob: Descriptor) -> BinaryIO:
+        """A blob of the base."""
+        if self.base is None:
+            raise ValueError("an image on scratch has no base")
+        return self.base.open(blob)
+
     def config(self, layers: Sequence[WrittenLayer]) -> bytes:
         """The image config, given the model's layers as written: the base's, and what the model adds to it."""
         base: dict[str, Any] = dict(self.base.config) if self.base else {}
@@ -301,7 +358,7 @@ class ImagePlan:
         settings = dict(base.get("config") or {})
         own = f"{MODEL_DIRECTORY_VARIABLE}={self.directory}"
         inherited = [item for item in settings.get("Env") or [] if not item.startswith(f"{MODEL_DIRECTORY_VARIABLE}=")]
-        below = self.base.layers if self.base else ()
+        inherited_history = base.get("history") or [{"created_by": "the base image"} for _ in self.base_layers]
         history = [{"created_by": f"weightctl bake: {_contents(layer)}"} for layer in self.layers]
         config: dict[str, Any] = {
             **{key: base[key] for key in ("author", "created", "os.version", "os.features") if key in base},
@@ -310,19 +367,18 @@ class ImagePlan:
             "os": os_name,
             **({"variant": variant[0]} if variant else {}),
             "config": {**settings, "Env": [*inherited, own]},
-            "rootfs": {"type": "layers", "diff_ids": [layer.diff_id for layer in (*below, *layers)]},
-            "history": [*(base.get("history") or []), *history],
+            "rootfs": {"type": "layers", "diff_ids": [layer.diff_id for layer in (*self.base_layers, *layers)]},
+            "history": [*inherited_history, *history],
         }  # fmt: skip
         return _canonical(config)
 
     def manifest(self, config: Descriptor, layers: Sequence[WrittenLayer]) -> bytes:
         """The image manifest, given the model's layers as written."""
-        below = self.base.layers if self.base else ()
         return _canonical({
             "schemaVersion": 2,
             "mediaType": MANIFEST,
             "config": config.to_json(),
-            "layers": [layer.blob.to_json() for layer in (*below, *layers)],
+            "layers": [layer.blob.to_json() for layer in (*self.base_layers, *layers)],
             **({"annotations": dict(self.annotations)} if self.annotations else {}),
         })  # fmt: skip
 
@@ -339,13 +395,16 @@ def _canonical(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
-def plan_image(snapshot: Snapshot, directory: str, platform: str, created: str | None) -> ImagePlan:
+def plan_image(
+    snapshot: Snapshot, directory: str, platform: str, created: str | None, base: BaseImage | None = None
+) -> ImagePlan:
     """One layer a weight file, by path, then one with all small files.
 
     The small files change most easily, and an engine that keys layers on what lies below them then keeps the weights.
     """
     small = tuple(file for file in snapshot.files if not file.is_weight)
-    groups = [(file,) for file in snapshot.files if file.is_weight]
+    room = MAX_LAYERS - len(base.layers if base else ()) - bool(small)
+    groups = _packed([file for file in snapshot.files if file.is_weight], room)
     groups += [small] if small else []
     annotations = {}
     if snapshot.repo_id:
@@ -355,7 +414,18 @@ def plan_image(snapshot: Snapshot, directory: str, platform: str, created: str |
     if created:
         annotations[CREATED] = created
     layers = tuple(LayerPlan(directory, files) for files in groups)
-    return ImagePlan(layers, directory, platform, annotations)
+    return ImagePlan(layers, directory, platform, annotations, base)
+
+
+def _packed(files: Sequence[File], room: int) -> list[tuple[File, ...]]:
+    """At most `room` groups of files, of about one size: the largest file first, each to the group that has least."""
+    if room < 1:
+        raise UsageError(f"the base has too many layers: with the model's they would be more than {MAX_LAYERS}")
+    groups: list[list[File]] = [[] for _ in range(min(room, len(files)))]
+    for file in sorted(files, key=lambda file: (-file.size, file.path)):
+        min(groups, key=lambda group: sum(other.size for other in group)).append(file)
+    ordered = [tuple(sorted(group, key=lambda file: file.path)) for group in groups]
+    return sorted(ordered, key=lambda group: group[0].path)
 
 
 def check_directory(path: str) -> str:

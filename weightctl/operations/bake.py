@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import fnmatch
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 from weightctl.config import Config
-from weightctl.errors import UsageError
-from weightctl.images import BakedLayer, Images, images
-from weightctl.images.oci import ImageName, ImagePlan, check_directory, check_platform, plan_image
+from weightctl.errors import UsageError, WeightctlError
+from weightctl.images import BakedLayer, DockerImages, Images, images
+from weightctl.images.bases import platform_of
+from weightctl.images.oci import ImageName, ImagePlan, check_created, check_directory, check_platform, plan_image
 from weightctl.model import Snapshot
 from weightctl.operations import resolve
+from weightctl.operations.base import open_base
 from weightctl.progress import Progress
+from weightctl.template import facts, render
+
+CREDENTIALS = (
+    ".env", ".env.*", ".git-credentials", ".netrc", ".npmrc", ".pypirc", "*.key", "*.pem", "credentials", "id_dsa",
+    "id_ecdsa", "id_ed25519", "id_rsa", "token",
+)  # fmt: skip
+"""Names (in lower case) under which secrets are kept."""
+
+DEFAULT_PLATFORM = "linux/amd64"
+"""Of an image on scratch: fixed, so that a digest does not depend on the machine."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +50,8 @@ class PlannedLayer:
 
     size: int
     files: tuple[str, ...]
+    exists: bool
+    """Whether the target is known to have it."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +64,12 @@ class BakePlan:
     bytes: int
     missing_bytes: int
     """Of the model, what would first have to be fetched."""
+    write_bytes: int
+    """Of layers that the target is not known to have."""
+    peak_disk_bytes: int
+    """What the target's disk has to have free."""
+    problems: tuple[str, ...]
+    """Why it would fail, as far as can be told."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +77,16 @@ class Recipe:
     """What the image is to be, besides the model's files."""
 
     tag: str
-    to: str
-    """`BACKEND:LOCATION`."""
+    to: str | None = None
+    """`BACKEND[:LOCATION]`; the Docker engine if one answers, and otherwise a layout, unless given."""
     base: str = "scratch"
+    """See `open_base`."""
+    template: Path | None = None
+    """A Dockerfile template, whose image is the base."""
     path: str | None = None
     """Where the image keeps the model; `/models/NAME` unless given."""
-    platform: str = "linux/amd64"
+    platform: str | None = None
+    """`os/architecture`; the base's unless given."""
     created: str | None = None
     """An RFC 3339 time for the image's annotations; left out unless given, so that digests do not depend on it."""
 
@@ -80,15 +107,19 @@ def bake(
     what its source says of them.
     """
     began = time.monotonic()
-    name, target = _checked(recipe)
+    name, to, target = _checked(recipe, progress)
     snapshot = resolve.resolve(
         model, revision=revision, include=include, exclude=exclude, verify=False, config=config, progress=progress
     )
-    image = _plan(snapshot, recipe)
-    baked = target.bake(image, name, config=config, progress=progress)
+    with ExitStack() as scratch:
+        image = _plan(snapshot, recipe, to, include, scratch, config, progress)
+        preview = target.preview(image, name, config=config)
+        if preview.problems:
+            raise WeightctlError("; ".join(preview.problems), "nothing was written")
+        baked = target.bake(image, name, config=config, progress=progress)
     return BakeResult(
         tag=str(name),
-        target=recipe.to,
+        target=to,
         digest=baked.digest,
         layers=baked.layers,
         bytes=image.size,
@@ -108,29 +139,78 @@ def plan_bake(
     progress: Progress,
 ) -> BakePlan:
     """What `bake` would write. Touches nothing."""
-    name, _ = _checked(recipe)
+    name, to, target = _checked(recipe, progress)
     found = resolve.plan(model, revision=revision, include=include, exclude=exclude, config=config, progress=progress)
-    image = _plan(found.snapshot, recipe)
+    with ExitStack() as scratch:
+        image = _plan(found.snapshot, recipe, to, include, scratch, config, progress, build=False)
+        preview = target.preview(image, name, config=config)
+    layers = [
+        PlannedLayer(layer.size, tuple(file.path for file in layer.files), exists)
+        for layer, exists in zip(image.layers, preview.existing, strict=True)
+    ]
     return BakePlan(
         tag=str(name),
-        target=recipe.to,
-        layers=tuple(PlannedLayer(layer.size, tuple(file.path for file in layer.files)) for layer in image.layers),
+        target=to,
+        layers=tuple(layers),
         bytes=image.size,
         missing_bytes=sum(file.size for file in found.missing),
+        write_bytes=sum(layer.size for layer in layers if not layer.exists),
+        peak_disk_bytes=preview.peak_disk_bytes,
+        problems=preview.problems,
     )
 
 
-def _checked(recipe: Recipe) -> tuple[ImageName, Images]:
-    """Everything that can be wrong with the recipe is found before anything moves."""
-    if recipe.base != "scratch":
-        raise UsageError(f"cannot bake on {recipe.base!r} yet", "--base scratch is the only base so far")
-    check_platform(recipe.platform)
+def _checked(recipe: Recipe, progress: Progress) -> tuple[ImageName, str, Images]:
+    """The image's name, where it goes, and the backend for that. What is wrong with the recipe is found here."""
+    if recipe.template is not None and recipe.base != "scratch":
+        raise UsageError("--template builds the base itself", "leave out --base, and name the base in the FROM line")
+    if recipe.platform is not None:
+        check_platform(recipe.platform)
     if recipe.path is not None:
         check_directory(recipe.path)
-    backend, _, location = recipe.to.partition(":")
-    return ImageName.parse(recipe.tag), images.get(backend)(location)
+    if recipe.created is not None:
+        check_created(recipe.created)
+    name = ImageName.parse(recipe.tag)
+    to = recipe.to or _default_target(name, progress)
+    backend, _, location = to.partition(":")
+    return name, to, images.get(backend)(location)
 
 
-def _plan(snapshot: Snapshot, recipe: Recipe) -> ImagePlan:
-    directory = recipe.path or f"/models/{snapshot.name}"
-    return plan_image(snapshot, check_directory(directory), recipe.platform, recipe.created)
+def _default_target(name: ImageName, progress: Progress) -> str:
+    reason = images.get("docker").unavailable()
+    to = f"layout:./{name.repository.split('/')[-1]}.oci" if reason else "docker"
+    progress.note(f"baking to {to}{f', since {reason}' if reason else ''}")
+    return to
+
+
+def _plan(
+    snapshot: Snapshot,
+    recipe: Recipe,
+    to: str,
+    include: Sequence[str],
+    scratch: ExitStack,
+    config: Config,
+    progress: Progress,
+    *,
+    build: bool = True,
+) -> ImagePlan:
+    _refuse_credentials(snapshot, include)
+    path = check_directory(recipe.path or f"/models/{snapshot.name}")
+    base = recipe.base
+    if recipe.template is not None:
+        dockerfile = render(recipe.template, facts(snapshot, path))
+        base = f"docker:{DockerImages().build(dockerfile, recipe.platform, progress)}" if build else "scratch"
+    image = open_base(base, recipe.platform, to.partition(":")[0], scratch, config=config)
+    platform = recipe.platform or (platform_of(image) if image else DEFAULT_PLATFORM)
+    return plan_image(snapshot, path, platform, recipe.created, image)
+
+
+def _refuse_credentials(snapshot: Snapshot, include: Sequence[str]) -> None:
+    """An image is copied to many places: what looks like a credential is only baked in by its own name."""
+    for file in snapshot.files:
+        name = PurePosixPath(file.path).name.lower()
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in CREDENTIALS) and file.path not in include:
+            raise UsageError(
+                f"{file.path} looks like a credential, and would be in the image for everybody to read",
+                f"leave it out with --exclude '{file.path}', or name it with --include",
+            )

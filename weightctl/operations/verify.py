@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from weightctl.checkpoint import read_checkpoint
+from weightctl.checkpoint import read_checkpoint, read_safetensors_header
 from weightctl.config import Config
-from weightctl.digests import Check, check_against
+from weightctl.digests import Check, DigestCache, check_against, hash_files
 from weightctl.errors import IntegrityError, UsageError
-from weightctl.images import images
+from weightctl.images import RemoteImages, images
 from weightctl.loaders.tensorizer import check_tensorizer
-from weightctl.model import Reference
+from weightctl.model import Reference, Snapshot
+from weightctl.operations import resolve
 from weightctl.progress import Progress
 from weightctl.sources.directory import read_directory
 from weightctl.volumes import volumes
@@ -30,18 +32,39 @@ class VerifyResult:
     seconds: float
 
 
-def verify(target: str, *, config: Config, progress: Progress) -> VerifyResult:
-    """Check `target`: a model's directory, `volume:DIR#name[@version]`, an OCI layout, or a Tensorizer file.
+def verify(target: str, against: str | None = None, *, config: Config, progress: Progress) -> VerifyResult:
+    """Check `target`: a model's directory, `volume:DIR#name[@version]`, an OCI layout, a registry's image
+    (`[registry:]NAME:TAG`), or a Tensorizer file.
 
     What is compared: in the Hub's cache, each file with its name, which is its hash; anywhere, the headers of
     safetensors files; in a volume, each file with what was pushed; in an image, digests, sizes and diffIDs; in a
-    Tensorizer file, each tensor with the hash beside it. Raises UsageError if there is nothing to verify.
+    Tensorizer file, each tensor with the hash beside it; with `against`, an image's files with that model's.
+    Raises UsageError if there is nothing to verify.
     """
     began = time.monotonic()
-    found = _check(target, config, progress)
-    return VerifyResult(
-        target, found.files, found.bytes, not found.problems, found.problems, time.monotonic() - began
-    )
+    image = _registry_image(target)
+    if against is not None and image is None:
+        raise UsageError(f"only an image is compared with a model, and {target!r} is none in a registry")
+    if image is not None:
+        model = _hashed(against, config, progress) if against else None
+        found = RemoteImages(image).check(model, config=config, progress=progress)
+    else:
+        found = _check(target, config, progress)
+    return VerifyResult(target, found.files, found.bytes, not found.problems, found.problems, time.monotonic() - began)
+
+
+def _registry_image(target: str) -> str | None:
+    """The image that the target names in a registry: written as one, or nothing else that is here."""
+    if target.startswith("registry:"):
+        return target.removeprefix("registry:")
+    here = target.startswith(("volume:", "layout:")) or Path(target).expanduser().exists()
+    return target if not here and ":" in target else None
+
+
+def _hashed(model: str, config: Config, progress: Progress) -> Snapshot:
+    """The model, with the hash of every file."""
+    snapshot = resolve.resolve(model, verify=True, config=config, progress=progress)
+    return snapshot.replace_files(hash_files(snapshot.files, config.workers, DigestCache(), progress))
 
 
 def _check(target: str, config: Config, progress: Progress) -> Check:
@@ -56,15 +79,32 @@ def _check(target: str, config: Config, progress: Progress) -> Check:
         return check_tensorizer(path, progress=progress)
     if path.is_dir():
         return _check_directory(path, config, progress)
-    raise UsageError(f"nothing to verify at {target!r}", "give a directory, volume:DIR#name, an OCI layout or a file")
+    raise UsageError(f"nothing to verify at {target!r}", "give a directory, volume:DIR#name, an OCI layout, NAME:TAG or a file")
 
 
 def _check_directory(path: Path, config: Config, progress: Progress) -> Check:
     try:
         snapshot = read_directory(path)
-        found = check_against(snapshot.files, config.workers, progress)
-        if any(file.is_weight for file in snapshot.files):
-            read_checkpoint(snapshot)
     except IntegrityError as error:
         return Check(0, 0, (error.message,))
-    return found
+    found = check_against(snapshot.files, config.workers, progress)
+    return dataclasses.replace(found, problems=(*found.problems, *_header_problems(snapshot)))
+
+
+def _header_problems(snapshot: Snapshot) -> list[str]:
+    """What is wrong with the safetensors headers, wherever they lie, and with what an index says of them."""
+    problems = []
+    for file in snapshot.files:
+        if file.path.endswith(".safetensors"):
+            try:
+                read_safetensors_header(file)
+            except IntegrityError as error:
+                problems.append(error.message)
+    if not problems:
+        try:
+            read_checkpoint(snapshot)
+        except UsageError:
+            pass  # its weights are in a format without headers to check
+        except IntegrityError as error:
+            problems.append(error.message)
+    return problems

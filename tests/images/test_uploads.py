@@ -1,0 +1,237 @@
+"""Uploads through everything that can happen on the way: judged by what the registry then has, and by bytes sent."""
+
+from __future__ import annotations
+
+import secrets
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import models
+from tests.chaos_proxy import ChaosProxy
+from tests.command import start, weightctl
+from tests.images.test_remote import bake, check, copied, files_of
+from tests.services import docker_registry
+from weightctl.errors import IntegrityError, WeightctlError
+from weightctl.images import registry_client
+
+MIB = 1 << 20
+SHARD = 5 * MIB
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with docker_registry(tmp_path_factory.mktemp("registry")) as host:
+        yield host
+
+
+@pytest.fixture
+def proxy(registry: str) -> Iterator[ChaosProxy]:
+    with ChaosProxy(registry) as running:
+        yield running
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return models.write_model(tmp_path / "model", size=SHARD, seed=secrets.randbits(60))
+
+
+@pytest.fixture
+def name(proxy: ChaosProxy, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An image's name behind the proxy; blobs go in chunks of 1 MiB."""
+    monkeypatch.setattr(registry_client, "CHUNK_BYTES", MIB)
+    return f"{proxy.host}/r{secrets.token_hex(8)}:v1"
+
+
+def assert_arrived(name: str, model: Path, proxy: ChaosProxy) -> None:
+    """The registry has the whole image, byte for byte."""
+    plain = name.replace(proxy.host, proxy.registry)
+    assert check(plain, model) == ()
+    assert copied(plain, model.parent / "copy").files == files_of(model)
+
+
+CHUNKS = 2 * (SHARD // MIB + 1)
+
+SURVIVED: dict[str, list[dict[str, Any]]] = {
+    "a failing registry": [{"method": "PATCH", "path": "", "status": 503, "skip": 2, "times": 2}],
+    "failures everywhere": [
+        {"method": method, "path": "", "status": 502} for method in ("GET", "HEAD", "POST", "PATCH", "PUT")
+    ],
+    "a limit": [{"method": "POST", "path": "", "status": 429, "headers": {"Retry-After": "1"}}],
+    "a cut in the middle of a chunk": [{"method": "PATCH", "path": "", "skip": 3, "cut_after": 300_000}],
+    "a cut in every third chunk": [
+        {"method": "PATCH", "path": "", "skip": 3 * turn, "cut_after": 300_000} for turn in range(3)
+    ],
+    "a chunk that arrives without an answer": [{"method": "PATCH", "path": "", "skip": 3, "drop_reply": True}],
+    "a blob that is complete without an answer": [{"method": "PUT", "path": "uploads", "drop_reply": True}],
+    "a manifest that arrives without an answer": [{"method": "PUT", "path": "manifests", "drop_reply": True}],
+    "a forgotten upload": [
+        {
+            "method": "PATCH",
+            "path": "",
+            "skip": 3,
+            "status": 404,
+            "body": b'{"errors":[{"code":"BLOB_UPLOAD_UNKNOWN"}]}',
+        }
+    ],
+    "a flipped bit on the way": [{"method": "PATCH", "path": "", "skip": 3, "flip": True}],
+    "a flipped bit in what is sent whole": [{"method": "PUT", "path": "uploads", "least": 4096, "flip": True}],
+    "no chunks, 416": [{"method": "PATCH", "path": "", "status": 416, "times": -1}],
+    "no chunks, 405": [{"method": "PATCH", "path": "", "status": 405, "times": -1}],
+    "a range that is stuck": [
+        {"method": "PATCH", "path": "", "times": -1, "reply_headers": {"Range": f"0-{MIB - 1}"}},
+    ],
+    "a relative location": [
+        {"method": method, "path": "", "times": -1, "relative": True} for method in ("POST", "PATCH")
+    ],
+}
+
+
+@pytest.mark.parametrize("faults", SURVIVED.values(), ids=SURVIVED.keys())
+def test_survived(faults: list[dict[str, Any]], proxy: ChaosProxy, name: str, model: Path) -> None:
+    for fault in faults:
+        proxy.fault(**fault)
+    bake(model, name)
+    assert not [fault for fault in proxy.faults if fault.times > 0], "the fault was not met"
+    assert_arrived(name, model, proxy)
+
+
+def test_a_cut_costs_the_one_blob_again(proxy: ChaosProxy, name: str, model: Path) -> None:
+    proxy.fault("PATCH", "", skip=CHUNKS - 3, cut_after=300_000)
+    bake(model, name)
+    sent = proxy.body_bytes["PATCH"]
+    assert 2 * SHARD + MIB < sent < 3 * SHARD + 2 * MIB
+    assert_arrived(name, model, proxy)
+
+
+def test_smaller_chunks_where_the_registry_wants_them(
+    proxy: ChaosProxy, name: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry_client, "CHUNK_BYTES", 64 * MIB)
+    for method in ("PATCH", "PUT"):
+        proxy.fault(method, "", status=413, least=MIB + 1, times=-1)
+    bake(model, name)
+    assert len(proxy.requests("PATCH")) >= CHUNKS
+    assert_arrived(name, model, proxy)
+
+
+def test_larger_chunks_where_the_registry_wants_them(proxy: ChaosProxy, name: str, model: Path) -> None:
+    proxy.fault("POST", "", times=-1, reply_headers={"OCI-Chunk-Min-Length": str(3 * MIB)})
+    bake(model, name)
+    assert max(seen.length for seen in proxy.requests("PATCH")) == 3 * MIB
+    assert_arrived(name, model, proxy)
+
+
+def test_bytes_that_never_arrive_right_are_an_error(proxy: ChaosProxy, name: str, model: Path) -> None:
+    proxy.fault("PATCH", "", flip=True, times=-1)
+    with pytest.raises(IntegrityError, match="twice"):
+        bake(model, name)
+    assert not proxy.requests("PUT", "manifests")
+
+
+def test_a_registry_that_always_fails_is_an_error(
+    proxy: ChaosProxy, name: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry_client, "TRIES", 2)
+    proxy.fault("PATCH", "", status=503, times=-1, body=b'{"errors":[{"code":"UNAVAILABLE","message":"disk"}]}')
+    with pytest.raises(WeightctlError, match="fails: HTTP 503: UNAVAILABLE disk"):
+        bake(model, name)
+    assert not proxy.requests("PUT", "manifests")
+
+
+def test_a_limit_of_an_hour_is_not_waited_for(proxy: ChaosProxy, name: str, model: Path) -> None:
+    proxy.fault("POST", "", status=429, headers={"Retry-After": "3600"}, times=-1)
+    with pytest.raises(WeightctlError, match="429") as caught:
+        bake(model, name)
+    assert "later" in str(caught.value.hint)
+
+
+def test_a_registry_that_is_not_there(tmp_path: Path, model: Path) -> None:
+    done = weightctl("bake", model, "--to", "registry", "--tag", "127.0.0.1:1/a:v1")
+    assert done.code == 1
+    assert "cannot reach 127.0.0.1:1: Connection refused" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "file:///etc/passwd", "ftp://127.0.0.1/x", "http://user:word@127.0.0.1/x", "http://192.0.2.1/x", "//[",
+        "http://a:99999999/",
+    ],
+)  # fmt: skip
+def test_a_location_where_no_registry_is(proxy: ChaosProxy, name: str, model: Path, location: str) -> None:
+    proxy.fault("POST", "", times=-1, reply_headers={"Location": location})
+    with pytest.raises(WeightctlError, match="where nothing of a registry can be"):
+        bake(model, name)
+
+
+def test_reading_goes_on_where_the_connection_broke(proxy: ChaosProxy, name: str, model: Path) -> None:
+    baked = bake(model, name)
+    proxy.fault("GET", baked.layers[0].digest, times=3, cut_reply_after=1_500_000)
+    assert check(name, model) == ()
+    ranges = [seen.headers.get("Range") for seen in proxy.requests("GET", baked.layers[0].digest)]
+    assert ranges == [None, "bytes=1500000-", "bytes=3000000-", "bytes=4500000-"]
+
+
+# a process that dies
+
+
+BIG = 80 * MIB
+
+
+@pytest.fixture
+def big(tmp_path: Path) -> Path:
+    models.write_safetensors(tmp_path / "big" / "model.safetensors", BIG, secrets.randbits(60))
+    return models.settle(tmp_path / "big")
+
+
+def interrupted(proxy: ChaosProxy, big: Path, how: signal.Signals) -> tuple[int, int]:
+    """Bytes of the blob that are sent until the process ends in its second chunk, and by another process then."""
+    command = ("bake", big, "--to", "registry", "--tag", f"{proxy.host}/r{big.parent.name.lower()}:v1")
+    proxy.hold_after = 40 * MIB
+    process = start(*command)
+    assert proxy.held.wait(60)
+    process.send_signal(how)
+    if how == signal.SIGKILL:
+        process.wait()
+    proxy.go_on.set()
+    process.communicate()
+    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    models.wait_for(lambda: not proxy.active)
+    before = proxy.body_bytes["PATCH"]
+    done = weightctl(*command, "--path", "/models/big")
+    assert done.code == 0, done.stderr
+    assert check(str(command[-1]), big) == ()
+    return before, proxy.body_bytes["PATCH"] - before
+
+
+def test_killed_before_a_registry_that_forgets(proxy: ChaosProxy, big: Path) -> None:
+    # docker-registry gives an upload up when a chunk arrives in part: the blob starts anew.
+    before, after = interrupted(proxy, big, signal.SIGKILL)
+    assert 40 * MIB <= before <= 64 * MIB
+    assert BIG < after < BIG + MIB
+
+
+def test_killed_before_a_registry_that_remembers(registry: str, big: Path) -> None:
+    # A proxy that takes in whole requests, as nginx does, keeps the torn chunk from it: the upload goes on.
+    with ChaosProxy(registry, buffered=True) as proxy:
+        _, after = interrupted(proxy, big, signal.SIGKILL)
+    assert BIG - 32 * MIB < after < BIG - 31 * MIB
+
+
+def test_interrupted_it_ends_the_chunk_and_sends_nothing_twice(proxy: ChaosProxy, big: Path) -> None:
+    before, after = interrupted(proxy, big, signal.SIGINT)
+    assert before == 64 * MIB
+    assert BIG < before + after < BIG + MIB
+
+
+def test_two_bakes_at_once(proxy: ChaosProxy, big: Path) -> None:
+    command = ("bake", big, "--to", "registry", "--tag", f"{proxy.host}/two/at/once:v1")
+    processes = [start(*command) for _ in range(2)]
+    digests = {process.communicate()[0] for process in processes}
+    assert [process.returncode for process in processes] == [0, 0]
+    assert len(digests) == 1
+    assert check(f"{proxy.host}/two/at/once:v1", big) == ()

@@ -1,0 +1,202 @@
+"""One blob's way into a registry's repository, through all that an upload survives."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from weightctl import storage
+from weightctl.errors import IntegrityError
+from weightctl.images.oci import Descriptor
+from weightctl.images.registry_client import Part, Patience, RegistryClient, RegistryError, Session
+from weightctl.progress import Task
+
+SMALLEST_CHUNK_BYTES = 1 << 20
+"""What nginx takes unless it is told to take more."""
+
+
+class Memory:
+    """What this machine remembers of a registry: uploads that are not finished, and who has which blob.
+
+    It only ever saves work: where it cannot be kept, a blob is sent anew.
+    """
+
+    def __init__(self, registry: str) -> None:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        self._directory = home / "weightctl" / "registries" / registry
+
+    def repository(self, digest: str) -> str | None:
+        """A repository that had the blob."""
+        with contextlib.suppress(OSError, ValueError):
+            text = self._path(digest).read_text()
+            return text if re.fullmatch(r"[a-z0-9._/-]{1,255}", text) else None
+        return None
+
+    def remember(self, digest: str, repository: str) -> None:
+        """The repository has the blob, in an image that will keep it there."""
+        with contextlib.suppress(OSError):
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._path(digest).write_text(repository)
+
+    @contextlib.contextmanager
+    def upload(self, repository: str, digest: str) -> Iterator[Record]:
+        """The record of an upload, for the time of the block: this process alone goes on with it."""
+        path = self._path(f"upload of {digest} to {repository}")
+        with contextlib.ExitStack() as held:
+            descriptor = None
+            with contextlib.suppress(OSError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                descriptor = held.enter_context(storage.lock(path, wait=False))
+                os.fchmod(descriptor, 0o600)  # whoever has an upload's URL may be able to add to it
+            yield Record(path, descriptor)
+
+    def _path(self, what: str) -> Path:
+        return self._directory / hashlib.sha256(what.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Record:
+    """How far an upload got, in a file that outlives the process."""
+
+    path: Path
+    descriptor: int | None
+    """None where it cannot be kept, or another process has it."""
+
+    def read(self) -> Session | None:
+        """What the last process that had the record wrote."""
+        with contextlib.suppress(OSError, LookupError, TypeError, ValueError):
+            if self.descriptor is not None:
+                line = os.pread(self.descriptor, 1 << 16, 0).partition(b"\n")[0]
+                values = json.loads(line)
+                return Session(str(values["url"]), int(values["offset"]))
+        return None
+
+    def write(self, session: Session) -> None:
+        """Keep how far it got. One line in one write: what an earlier, longer one leaves behind is not read."""
+        with contextlib.suppress(OSError):
+            if self.descriptor is not None:
+                line = json.dumps({"offset": session.offset, "url": session.url})
+                os.pwrite(self.descriptor, line.encode() + b"\n", 0)
+
+    def remove(self) -> None:
+        """The upload is over."""
+        with contextlib.suppress(OSError):
+            if self.descriptor is not None:
+                os.ftruncate(self.descriptor, 0)
+                self.path.unlink()
+
+
+class Upload:
+    """A blob on its way. After a failure the registry is asked what has arrived, and the upload goes on from there."""
+
+    def __init__(
+        self, client: RegistryClient, blob: Descriptor, open_source: Callable[[], BinaryIO], record: Record, task: Task
+    ) -> None:
+        self.sent_bytes = 0
+        """Also those that had to be sent again."""
+        self._client = client
+        self._blob = blob
+        self._open_source = open_source
+        self._record = record
+        self._task = task
+        self._position = self._farthest = 0
+        self._patience = Patience()
+        self._refused = False
+        self._tried = 0
+        self._closing = False
+
+    def run(self, mount_from: str | None) -> None:
+        """Bring the blob into the repository, unless it is there or can be mounted from another one.
+
+        Raises RegistryError if the registry refuses it or fails too often, IntegrityError if it received other bytes
+        than the digest names.
+        """
+        with contextlib.ExitStack() as opened:
+            source: BinaryIO | None = None
+            session = self._recorded()
+            while current := session or self._begin(mount_from):
+                storage.pause(0)
+                source = source or opened.enter_context(self._open_source())
+                self._reach(current.offset)
+                try:
+                    session = self._step(current, source)
+                except RegistryError as error:
+                    session = self._after(error, current)
+                else:
+                    if session is None:
+                        break
+        self._reach(self._blob.size)
+        self._record.remove()
+
+    def _recorded(self) -> Session | None:
+        recorded = self._record.read()
+        session = self._client.upload_status(recorded, self._blob.size) if recorded else None
+        self._position = session.offset if session else 0
+        self._task.advance(self._position)
+        return session
+
+    def _begin(self, mount_from: str | None) -> Session | None:
+        """A new upload; None if the blob is there."""
+        return None if self._client.has_blob(self._blob) else self._client.begin_upload(self._blob, mount_from)
+
+    def _step(self, session: Session, source: BinaryIO) -> Session | None:
+        """Send a chunk, or all of a blob that is no larger, or the last word; None if the blob is complete."""
+        left = self._blob.size - session.offset
+        closing = not left or self._is_whole()
+        part = Part(source, session.offset, left if closing else min(left, self._client.chunk_bytes), self._sent)
+        self._tried, self._closing = part.length, closing
+        if closing:
+            self._client.finish_upload(session, self._blob, part)
+            return None
+        session = self._client.send_chunk(session, part)
+        self._record.write(session)
+        if session.offset > self._farthest:
+            self._farthest = session.offset
+            self._patience.reset()
+        return session
+
+    def _is_whole(self) -> bool:
+        return not self._client.chunked or self._blob.size <= self._client.chunk_bytes
+
+    def _after(self, error: RegistryError, session: Session) -> Session | None:
+        """With which upload to go on after a step failed; None for a new one."""
+        if error.status in (401, 403):
+            raise error
+        if error.transient:
+            self._patience.wait(error)
+            return self._client.upload_status(session, self._blob.size)
+        if error.status == 404:  # the registry has forgotten the upload
+            self._patience.wait(error)
+            return None
+        if error.status == 413 and self._tried > SMALLEST_CHUNK_BYTES:
+            self._client.chunk_bytes = min(self._client.chunk_bytes, max(SMALLEST_CHUNK_BYTES, self._tried // 2))
+            self._client.chunked = True
+            return self._client.upload_status(session, self._blob.size)
+        if self._closing:
+            if not self._refused:
+                self._refused = True
+                return None
+            if error.code in ("DIGEST_INVALID", "SIZE_INVALID"):
+                message = f"{self._client} received other bytes than {self._blob.digest} names, twice"
+                raise IntegrityError(message, "run this when nothing writes the model") from error
+            raise error
+        if session.offset == 0:  # ghcr.io takes chunks of 4 MiB at most, and says 416; others take none, and say 405
+            self._client.chunked = False
+            return None
+        self._patience.wait(error)
+        return self._client.upload_status(session, self._blob.size)
+
+    def _sent(self, position: int) -> None:
+        self.sent_bytes += position - self._position
+        self._reach(position)
+
+    def _reach(self, position: int) -> None:
+        self._task.advance(position - self._position)
+        self._position = position
