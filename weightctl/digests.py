@@ -21,6 +21,9 @@ RACY_NANOSECONDS = 2_000_000_000
 """A file that changed so recently may change again within its timestamp's grain (2 s on FAT and some network
 filesystems), so nothing is remembered of it. Git calls such an index entry racily clean."""
 
+REMEMBERED_TOGETHER_BYTES = 1 << 20
+"""A smaller file is hashed again sooner than its digest is written down, so those are written down in one go."""
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -60,19 +63,32 @@ class DigestCache:
 
     def get(self, what: str, file: Path) -> str | None:
         """The value remembered as `what` for the file's present bytes."""
+        return self.get_all(what, [file]).get(file)
+
+    def get_all(self, what: str, files: Iterable[Path]) -> dict[Path, str]:
+        """The values remembered of many files, for those of which there is one."""
+        found = {}
         with contextlib.suppress(OSError, sqlite3.Error), self._connection() as database:
             query = "SELECT value FROM digests WHERE what = ? AND identity = ?"
-            row = database.execute(query, (what, Identity.of(file).key)).fetchone()
-            return str(row[0]) if row else None
-        return None
+            for file in files:
+                if row := database.execute(query, (what, Identity.of(file).key)).fetchone():
+                    found[file] = str(row[0])
+        return found
 
     def put(self, what: str, file: Path, seen: Identity, value: str) -> None:
         """Remember `value`, read from `file` whose identity was `seen` before."""
+        self.put_all(what, [(file, seen, value)])
+
+    def put_all(self, what: str, found: Iterable[tuple[Path, Identity, str]]) -> None:
+        """Remember the values of many files at the cost of one: each write waits for the disk."""
         with contextlib.suppress(OSError, sqlite3.Error):
-            if not seen.settled or Identity.of(file).key != seen.key:
-                return
-            with self._connection() as database, database:
-                database.execute("INSERT OR REPLACE INTO digests VALUES (?, ?, ?)", (what, seen.key, value))
+            rows = [
+                (what, seen.key, value) for file, seen, value in found
+                if seen.settled and Identity.of(file).key == seen.key
+            ]  # fmt: skip
+            if rows:
+                with self._connection() as database, database:
+                    database.executemany("INSERT OR REPLACE INTO digests VALUES (?, ?, ?)", rows)
 
     @contextlib.contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
@@ -89,28 +105,43 @@ def hash_files(files: Iterable[File], workers: int, cache: DigestCache | None, p
     With a cache, a file that has not changed since it was last hashed is not read again.
     """
     files = list(files)
-    with progress.task("verifying", sum(file.size for file in files)) as task:
-        return storage.in_parallel(lambda file: _hash_file(file, cache, task), files, workers)
+    remembered: dict[str, dict[Path, str]] = {"sha256": {}, "git_id": {}}
+    if cache:
+        for what, values in remembered.items():
+            values.update(cache.get_all(what, [file.source for file in files if what in _wanted(file)]))
+    small: list[tuple[File, Identity, dict[str, str]]] = []
 
-
-def _hash_file(file: File, cache: DigestCache | None, task: Task) -> File:
-    known = {what: cache.get(what, file.source) if cache else None for what in _wanted(file)}
-    if not all(known.values()):
+    def hash_file(file: File) -> File:
+        known = {what: remembered[what].get(file.source) for what in _wanted(file)}
+        if all(known.values()):
+            task.advance(file.size)
+            return dataclasses.replace(file, **known)  # type: ignore[arg-type]
         with translated_os_errors(f"read {file.source}"), unchanging(file.source) as seen:
-            known = _read_digests(file, task)
-        if cache:
-            for what, digest in known.items():
-                cache.put(what, file.source, seen, str(digest))
-    else:
-        task.advance(file.size)
-    return dataclasses.replace(file, **known)  # type: ignore[arg-type]
+            digests = _read_digests(file, task)
+        if file.size < REMEMBERED_TOGETHER_BYTES:
+            small.append((file, seen, digests))
+        elif cache:
+            _remember(cache, [(file, seen, digests)])
+        return dataclasses.replace(file, **digests)  # type: ignore[arg-type]
+
+    with progress.task("verifying", sum(file.size for file in files)) as task:
+        hashed = storage.in_parallel(hash_file, files, workers)
+    if cache:
+        _remember(cache, small)
+    return hashed
+
+
+def _remember(cache: DigestCache, found: Iterable[tuple[File, Identity, dict[str, str]]]) -> None:
+    found = list(found)
+    for what in ("sha256", "git_id"):
+        cache.put_all(what, [(file.source, seen, values[what]) for file, seen, values in found if what in values])
 
 
 def _wanted(file: File) -> tuple[str, ...]:
     return ("sha256", "git_id") if file.git_id else ("sha256",)
 
 
-def _read_digests(file: File, task: Task) -> dict[str, str | None]:
+def _read_digests(file: File, task: Task) -> dict[str, str]:
     hashes = {"sha256": hashlib.sha256()}
     if file.git_id:
         hashes["git_id"] = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)

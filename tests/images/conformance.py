@@ -18,7 +18,8 @@ from tests import models
 from weightctl.config import Config
 from weightctl.errors import IntegrityError, UsageError
 from weightctl.images import Baked, Images, images
-from weightctl.images.oci import ImageName, ImagePlan, plan_image
+from weightctl.images.oci import ImageName
+from weightctl.images.plan import ImagePlan, plan_image
 from weightctl.model import Snapshot
 from weightctl.progress import Progress
 from weightctl.sources.directory import read_directory

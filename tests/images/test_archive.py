@@ -18,7 +18,8 @@ from weightctl.config import Config
 from weightctl.errors import IntegrityError, UsageError, WeightctlError
 from weightctl.images import ArchiveImages, Baked, LayoutImages
 from weightctl.images.archive import TarWriter
-from weightctl.images.oci import ImageName, ImagePlan
+from weightctl.images.oci import ImageName
+from weightctl.images.plan import ImagePlan
 from weightctl.progress import Progress
 
 

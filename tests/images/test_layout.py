@@ -20,7 +20,8 @@ from tests.images.conformance import Image, ImagesConformance, plan, read_layout
 from weightctl.config import Config
 from weightctl.errors import IntegrityError, UsageError, WeightctlError
 from weightctl.images import Baked, LayoutImages
-from weightctl.images.oci import ImageName, ImagePlan
+from weightctl.images.oci import ImageName
+from weightctl.images.plan import ImagePlan
 from weightctl.progress import Progress
 
 

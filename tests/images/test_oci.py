@@ -16,17 +16,9 @@ from tests import models
 from tests.images.conformance import plan, plan_of
 from weightctl.digests import DigestCache
 from weightctl.errors import IntegrityError, UsageError
-from weightctl.images.oci import (
-    CONFIG,
-    Descriptor,
-    ImageName,
-    LayerPlan,
-    check_created,
-    check_directory,
-    check_platform,
-    plain_layer,
-    write_layer,
-)
+from weightctl.images.layers import LayerPlan, write_layer
+from weightctl.images.oci import CONFIG, LAYER, Descriptor, ImageName, WrittenLayer
+from weightctl.images.plan import check_created, check_directory, check_platform
 from weightctl.model import File, Snapshot
 from weightctl.progress import Task
 
@@ -35,7 +27,7 @@ EPOCH = "1970-01-01T00:00:00Z"
 
 def written(layer: LayerPlan) -> bytes:
     stream = bytearray()
-    digest = write_layer(layer, [stream.extend], Task())
+    digest = write_layer(layer, [stream.extend], Task()).blob.digest
     assert digest == f"sha256:{hashlib.sha256(stream).hexdigest()}"
     assert len(stream) == layer.size
     return bytes(stream)
@@ -214,7 +206,10 @@ def test_config_and_manifest(tmp_path: Path) -> None:
     snapshot = Snapshot("org/name", tmp_path, files, repo_id="org/name", revision="main", commit=models.COMMIT)
     image = plan_of(snapshot, "/models/org/name")
     assert [[file.path for file in layer.files] for layer in image.layers] == [["model.safetensors"], ["config.json"]]
-    layers = [plain_layer(layer, f"sha256:{index:064}") for index, layer in enumerate(image.layers)]
+    layers = [
+        WrittenLayer(Descriptor(LAYER, f"sha256:{index:064}", layer.size), f"sha256:{index:064}")
+        for index, layer in enumerate(image.layers)
+    ]
 
     config = json.loads(image.config(layers))
     assert config["config"] == {"Env": ["WEIGHTCTL_MODEL_DIR=/models/org/name"]}

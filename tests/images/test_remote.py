@@ -21,7 +21,9 @@ from tests.services import docker_registry, podman_mount, tool
 from weightctl.config import Config
 from weightctl.errors import IntegrityError, UsageError
 from weightctl.images import Images, RemoteImages
-from weightctl.images.oci import DIGEST, INDEX, ImageName, LayerPlan, check_platform, plan_image
+from weightctl.images.layers import LayerPlan
+from weightctl.images.oci import DIGEST, INDEX, ImageName
+from weightctl.images.plan import check_platform, plan_image
 from weightctl.images.registry_client import RegistryClient
 from weightctl.model import File
 from weightctl.progress import Progress

@@ -86,14 +86,15 @@ def test_a_real_model_as_a_user_does_it(minilm: Path, tmp_path: Path) -> None:
     arguments = ("--device", "cpu", "--runs", 1, "--cache", "warm", "--cache", "cold", "--output", "result.json")
     outcome = command("bench", minilm, *arguments, cwd=tmp_path, timeout=400, TMPDIR=str(tmp_path))
     assert outcome.code == 0, outcome.stderr
-    assert max(len(line) for line in outcome.stdout.splitlines()) <= 80
+    assert max(len(line) for line in outcome.stdout.splitlines() if " unavailable: " not in line) <= 80
     assert [path.name for path in tmp_path.iterdir() if "torch" not in path.name] == ["result.json"]
     result = json.loads((tmp_path / "result.json").read_text())
     assert list(result) == ["environment", "ceilings", "model", "results"]
     assert result["ceilings"].keys() == {"warm_read", "cold_read"}
     assert [result["model"][key] for key in ("bytes", "tensors", "format")] == [90_856_960, 104, "safetensors"]
-    assert len(result["results"]) == 10
-    for measured in result["results"]:
+    available = [row for row in result["results"] if row["status"] != "unavailable"]
+    assert len(available) >= 10
+    for measured in available:
         assert list(measured) == ROW
         assert measured["status"] == "ok", measured
         assert len(measured["seconds"]) == 1

@@ -239,7 +239,7 @@ def test_what_cannot_be_is_said(tmp_path: Path, crepe: Path) -> None:
     (tmp_path / "README.md").write_text("nothing")
     refused(weightctl.UsageError, "no weights", model=tmp_path)
     save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
-    refused(weightctl.UsageError, "safetensors, tensorizer", model=tmp_path, strategy="fastest")
+    refused(weightctl.UsageError, "pipelined", "tensorizer", model=tmp_path, strategy="fastest")
     refused(weightctl.UsageError, "no torch weights", model=tmp_path, strategy="torch")
     refused(weightctl.UsageError, "config.json", model=tmp_path, load=weightctl.load_model)
     refused(weightctl.UsageError, "toaster", model=tmp_path, device="toaster")

@@ -42,6 +42,9 @@ def bake(
         str | None,
         typer.Option(metavar="OS/ARCH", help="[default: the base's, or linux/amd64].", show_default=False),
     ] = None,
+    compression: Annotated[
+        str, typer.Option(metavar="KIND", help="none, zstd or gzip, for a layout, an archive or a registry.")
+    ] = "none",
     created: Annotated[
         str | None,
         typer.Option(metavar="TIME", help="Say when the image was made (RFC 3339).", show_default=False),
@@ -63,7 +66,7 @@ def bake(
     from weightctl.operations.bake import bake as run
 
     config = Config.load({"workers": workers, "cache_dir": cache_dir, "plain_http": plain_http})
-    recipe = Recipe(tag, to, base, template, path, platform, created)
+    recipe = Recipe(tag, to, base, template, path, platform, compression, created)
     wanted = {"include": include or (), "exclude": exclude or ()}
     with ui.progress() as progress:
         if dry_run:

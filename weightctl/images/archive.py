@@ -18,6 +18,7 @@ from weightctl.errors import IntegrityError, UsageError, translated_os_errors
 from weightctl.images.base import Baked, Images, Preview, describe, images, space_problems
 from weightctl.images.bases import base_image, descriptor
 from weightctl.images.contents import check_image
+from weightctl.images.layers import copy_blob, write_layer
 from weightctl.images.oci import (
     CONFIG,
     INDEX,
@@ -26,13 +27,10 @@ from weightctl.images.oci import (
     BaseImage,
     Descriptor,
     ImageName,
-    ImagePlan,
     WrittenLayer,
-    copy_blob,
     index_entry,
-    plain_layer,
-    write_layer,
 )
+from weightctl.images.plan import ImagePlan
 from weightctl.model import Snapshot
 from weightctl.progress import Progress, Task
 
@@ -160,7 +158,7 @@ class TarWriter:
         self.write(memoryview(bytes(-self._position % tarfile.BLOCKSIZE)))
 
     def rename(self, header: int, name: str, size: int) -> None:
-        """Give the member whose header is at that offset another name. Only for a file."""
+        """Give the member whose header is at that offset its name and size. Only where the stream is a file."""
         os.pwrite(self._stream.fileno(), _member_header(name, size), header)
 
     def add(self, name: str, content: bytes) -> None:
@@ -202,9 +200,9 @@ def _write_archive(
             copy_blob(plan.open_base_blob(blob), blob, [tar.write], task)
     written: list[WrittenLayer] = []
     for layer in plan.layers:
-        with tar.member(blob_path(f"sha256:{'0' * 64}"), layer.size) as header:
-            written.append(plain_layer(layer, write_layer(layer, [tar.write], task)))
-        tar.rename(header, blob_path(written[-1].blob.digest), layer.size)
+        with tar.member(blob_path(f"sha256:{'0' * 64}"), 0) as header:
+            written.append(write_layer(layer, [tar.write], task))
+        tar.rename(header, blob_path(written[-1].blob.digest), written[-1].blob.size)
     config = plan.config(written)
     manifest = plan.manifest(Descriptor.of(CONFIG, config), written)
     for content in (config, manifest):

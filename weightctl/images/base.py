@@ -11,7 +11,10 @@ from weightctl import storage
 from weightctl.config import Config
 from weightctl.digests import Check
 from weightctl.errors import WeightctlError
-from weightctl.images.oci import ImageName, ImagePlan, LayerPlan, WrittenLayer
+from weightctl.images.layers import LayerPlan
+from weightctl.images.oci import ImageName, WrittenLayer
+from weightctl.images.plan import ImagePlan
+from weightctl.model import Snapshot
 from weightctl.progress import Progress
 from weightctl.registry import Backend, Registry
 
@@ -83,8 +86,11 @@ class Images(Backend, ABC):
         """
 
     @abstractmethod
-    def check(self, *, config: Config, progress: Progress) -> Check:
-        """Read every blob of every image there, and compare digests, sizes and diffIDs."""
+    def check(self, against: Snapshot | None = None, *, config: Config, progress: Progress) -> Check:
+        """Read every blob of every image there, and compare digests, sizes and diffIDs.
+
+        With `against`, whose files are hashed, also compare the files in the image with that model's.
+        """
 
 
 def space_problems(directory: Path, needed: int) -> tuple[str, ...]:

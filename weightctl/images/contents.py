@@ -16,7 +16,8 @@ from typing import Any, BinaryIO
 from weightctl import storage
 from weightctl.digests import Check
 from weightctl.errors import IntegrityError
-from weightctl.images.oci import MODEL_DIRECTORY_VARIABLE, BaseImage, WrittenLayer
+from weightctl.images.oci import BaseImage, WrittenLayer
+from weightctl.images.plan import MODEL_DIRECTORY_VARIABLE
 from weightctl.model import Snapshot
 from weightctl.progress import Progress, Task
 

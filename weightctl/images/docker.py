@@ -24,22 +24,10 @@ from weightctl.digests import Check, hash_files
 from weightctl.errors import IntegrityError, UsageError, WeightctlError
 from weightctl.images.archive import TarWriter, docker_manifest
 from weightctl.images.base import Baked, Images, Preview, describe, images, space_problems
-from weightctl.images.oci import (
-    LAYER,
-    LAYER_GZIP,
-    MODEL_DIRECTORY_VARIABLE,
-    BaseImage,
-    Descriptor,
-    ImageName,
-    ImagePlan,
-    WrittenLayer,
-    copy_blob,
-    layer_digest,
-    plain_layer,
-    remembered_digest,
-    write_layer,
-)
-from weightctl.model import File
+from weightctl.images.layers import copy_blob, known_layer, remembered_layer, write_layer
+from weightctl.images.oci import LAYER, LAYER_GZIP, BaseImage, Descriptor, ImageName, WrittenLayer
+from weightctl.images.plan import MODEL_DIRECTORY_VARIABLE, ImagePlan
+from weightctl.model import File, Snapshot
 from weightctl.progress import Progress, Task
 
 if TYPE_CHECKING:
@@ -124,7 +112,7 @@ class DockerImages(Images):
                 identity = (message.get("aux") or {}).get("ID", identity)
         return identity
 
-    def check(self, *, config: Config, progress: Progress) -> Check:  # noqa: ARG002
+    def check(self, against: Snapshot | None = None, *, config: Config, progress: Progress) -> Check:  # noqa: ARG002
         """An engine checks its own store."""
         raise UsageError("an image in an engine cannot be verified", "push it, then verify it in the registry")
 
@@ -221,9 +209,11 @@ def _layers_there(engine: docker.DockerClient, plan: ImagePlan, config: Config |
     )
     wanted = [layer.diff_id for layer in plan.base_layers]
     if config is None:
-        wanted += itertools.takewhile(bool, map(remembered_digest, plan.layers))  # type: ignore[arg-type]
+        known = itertools.takewhile(bool, map(remembered_layer, plan.layers))
+        wanted += [layer.diff_id for layer in known if layer]
     elif baked_before:  # only then is it worth reading layers whose digests are not remembered
-        wanted += storage.in_parallel(layer_digest, plan.layers, config.workers)
+        layers = storage.in_parallel(lambda layer: known_layer(layer, Task()), plan.layers, config.workers)
+        wanted += [layer.diff_id for layer in layers]
     return max((_common(wanted, _diff_ids(image)) for image in images_there), default=0)
 
 
@@ -266,11 +256,10 @@ def _write_archive(writer: int, plan: ImagePlan, name: ImageName, there: int, ta
                 copy_blob(plan.open_base_blob(base_layer.blob), base_layer.blob, [tar.write], task)
         for number, layer in enumerate(plan.layers, len(below)):
             if number < there:
-                written.append(plain_layer(layer, layer_digest(layer)))
-                task.advance(layer.size)
+                written.append(known_layer(layer, task))
                 continue
             with tar.member(_member(number), layer.size):
-                written.append(plain_layer(layer, write_layer(layer, [tar.write], task)))
+                written.append(write_layer(layer, [tar.write], task))
         config = plan.config(written)
         tar.add("config.json", config)
         members = [_member(number) for number in range(len(below) + len(written))]

@@ -15,6 +15,8 @@ from weightctl.digests import Check, DigestCache, check_against, check_files
 from weightctl.errors import IntegrityError, UsageError, translated_os_errors
 from weightctl.images.base import Baked, Images, Preview, describe, images
 from weightctl.images.bases import base_image, choose, descriptor
+from weightctl.images.contents import check_image
+from weightctl.images.layers import LayerPlan, copy_blob, remembered_layer, write_layer
 from weightctl.images.oci import (
     CONFIG,
     DIGEST,
@@ -27,16 +29,11 @@ from weightctl.images.oci import (
     BaseImage,
     Descriptor,
     ImageName,
-    ImagePlan,
-    LayerPlan,
     WrittenLayer,
-    copy_blob,
     index_entry,
-    plain_layer,
-    remembered_digest,
-    write_layer,
 )
-from weightctl.model import File
+from weightctl.images.plan import ImagePlan
+from weightctl.model import File, Snapshot
 from weightctl.progress import Progress, Task
 
 
@@ -56,7 +53,7 @@ class LayoutImages(Images):
     def preview(self, plan: ImagePlan, name: ImageName, *, config: Config) -> Preview:  # noqa: ARG002
         """See `Images.preview`."""
         with translated_os_errors(f"read the image layout {self.path}"):
-            existing = tuple(self._has_size(remembered_digest(layer), layer.size) for layer in plan.layers)
+            existing = tuple(self._may_hold(layer) for layer in plan.layers)
             needed = sum(layer.size for layer, there in zip(plan.layers, existing, strict=True) if not there)
             needed += sum(blob.size for blob in plan.base_blobs if not self._has_size(blob.digest, blob.size))
         return Preview(existing, needed)
@@ -66,7 +63,7 @@ class LayoutImages(Images):
         with translated_os_errors(f"write the image layout {self.path}"), self._writing():
             unknown = self._unknown_sizes(plan)  # taken now: a shard just written has the size of those that follow
             new = [layer for layer in plan.layers if layer.size not in unknown]
-            new = [layer for layer in new if not self._has_size(remembered_digest(layer), layer.size)]
+            new = [layer for layer in new if not self._may_hold(layer)]
             storage.check_space(self.path, sum(layer.size for layer in new))
             with progress.task("baking", sum(file.size for layer in plan.layers for file in layer.files)) as task:
                 storage.in_parallel(lambda blob: self._copy_base_blob(plan, blob), plan.base_blobs, config.workers)
@@ -81,7 +78,7 @@ class LayoutImages(Images):
             self._name(Descriptor.of(MANIFEST, manifest), name, plan.platform)
         return Baked(Descriptor.of(MANIFEST, manifest).digest, describe(plan.layers, layers), new_bytes)
 
-    def check(self, *, config: Config, progress: Progress) -> Check:
+    def check(self, against: Snapshot | None = None, *, config: Config, progress: Progress) -> Check:
         """See `Images.check`."""
         if not (self.path / "oci-layout").is_file():
             raise UsageError(f"{self.path} is no OCI image layout", "it has no file 'oci-layout'")
@@ -93,6 +90,10 @@ class LayoutImages(Images):
             except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError, IntegrityError) as error:
                 problems.append(f"the manifest {entry['digest']} is malformed: {error!r}")
         found = check_against(blobs.values(), config.workers, progress)
+        if against is not None and not found.problems:
+            for entry in self._read_index()["manifests"]:
+                image = self._open_image(entry, None, f"layout:{self.path}")
+                problems += check_image(image, against, workers=config.workers, progress=progress).problems
         return dataclasses.replace(found, problems=(*found.problems, *problems))
 
     def _list_image(self, entry: dict[str, Any], blobs: dict[str, File], problems: list[str]) -> None:
@@ -136,7 +137,10 @@ class LayoutImages(Images):
         tagged = [entry for entry in entries if tag in (None, (entry.get("annotations") or {}).get(TAG_ANNOTATION))]
         if not tagged:
             raise UsageError(f"there is no image {what}", "see index.json there for the tags")
-        manifest = self._read_json(choose(tagged, platform, what))
+        return self._open_image(choose(tagged, platform, what), platform, what)
+
+    def _open_image(self, entry: Any, platform: str | None, what: str) -> BaseImage:
+        manifest = self._read_json(entry)
         if "manifests" in manifest:
             manifest = self._read_json(choose(manifest["manifests"], platform, what))
         config = self._read_json(manifest.get("config"))
@@ -175,13 +179,13 @@ class LayoutImages(Images):
         """Where a blob lies."""
         return self._blobs / digest.removeprefix("sha256:")
 
-    def existing(self, layer: LayerPlan) -> str | None:
-        """The digest of a layer whose blob is there; None also if only reading the model could tell."""
-        remembered = remembered_digest(layer)
-        return remembered if remembered and self._holds(remembered, layer.size) else None
+    def _may_hold(self, layer: LayerPlan) -> bool:
+        """Whether a blob lies where the layer's would, as far as can be told without reading either."""
+        known = remembered_layer(layer)
+        return known is not None and self._has_size(known.blob.digest, known.blob.size)
 
-    def _has_size(self, digest: str | None, size: int) -> bool:
-        return digest is not None and self.blob(digest).is_file() and self.blob(digest).stat().st_size == size
+    def _has_size(self, digest: str, size: int) -> bool:
+        return self.blob(digest).is_file() and self.blob(digest).stat().st_size == size
 
     def _holds(self, digest: str, size: int) -> bool:
         """Whether the blob is there with the right bytes (read again, unless it has not changed since it last was)."""
@@ -194,18 +198,17 @@ class LayoutImages(Images):
     def _write_layer(self, layer: LayerPlan, unknown: set[int], task: Task) -> tuple[WrittenLayer, bool]:
         """The layer's blob, and whether it was there already."""
         size = sum(file.size for file in layer.files)
-        if (digest := self.existing(layer)) is not None:
-            task.advance(size)
-            return plain_layer(layer, digest), True
-        if layer.size in unknown:
-            digest = write_layer(layer, [], task)
-            if self._holds(digest, layer.size):
-                return plain_layer(layer, digest), True
+        known = remembered_layer(layer)
+        if known is None and layer.size in unknown and layer.compression == "none":
+            known = write_layer(layer, [], task)
             task.advance(-size)
+        if known is not None and self._holds(known.blob.digest, known.blob.size):
+            task.advance(size)
+            return known, True
         with storage.staged_file(self._staging) as staged:
-            digest = write_layer(layer, [storage.write_all(staged.stream)], task)
-            staged.publish(self.blob(digest))
-        return plain_layer(layer, digest), False
+            written = write_layer(layer, [storage.write_all(staged.stream)], task)
+            staged.publish(self.blob(written.blob.digest))
+        return written, False
 
     def _copy_base_blob(self, plan: ImagePlan, blob: Descriptor) -> None:
         if not self._holds(blob.digest, blob.size):
@@ -215,7 +218,7 @@ class LayoutImages(Images):
 
     def _unknown_sizes(self, plan: ImagePlan) -> set[int]:
         """Sizes of the blobs that may be layers of the plan: hashing one of such a size first may save writing it."""
-        known = {self.blob(digest) for digest in map(remembered_digest, plan.layers) if digest}
+        known = {self.blob(layer.blob.digest) for layer in map(remembered_layer, plan.layers) if layer}
         return {path.stat().st_size for path in self._blobs.iterdir() if path not in known}
 
     def _write_small(self, content: bytes) -> int:

@@ -17,6 +17,7 @@ from weightctl.errors import IntegrityError, UsageError, translated_os_errors
 from weightctl.images.base import Baked, Images, Preview, describe, images
 from weightctl.images.bases import base_image, choose, descriptor
 from weightctl.images.contents import check_image
+from weightctl.images.layers import LayerPlan, known_layer, open_layer, remembered_layer
 from weightctl.images.oci import (
     CONFIG,
     DIGEST,
@@ -25,14 +26,9 @@ from weightctl.images.oci import (
     BaseImage,
     Descriptor,
     ImageName,
-    ImagePlan,
-    LayerPlan,
-    LayerReader,
     WrittenLayer,
-    plain_layer,
-    remembered_digest,
-    write_layer,
 )
+from weightctl.images.plan import ImagePlan
 from weightctl.images.registry_client import RegistryClient
 from weightctl.images.uploads import Memory, Upload
 from weightctl.model import Snapshot
@@ -66,11 +62,9 @@ class RemoteImages(Images):
         """See `Images.preview`."""
         client = self._writer(name, config)
         problems = tuple(_cap_problems(client.registry, plan))
-        digests = [(remembered_digest(layer), layer.size) for layer in plan.layers]
+        known = [remembered_layer(layer) for layer in plan.layers]
         existing = storage.in_parallel(
-            lambda known: known[0] is not None and client.has_blob(Descriptor("", known[0], known[1])),
-            digests,
-            config.workers,
+            lambda layer: layer is not None and client.has_blob(layer.blob), known, config.workers
         )
         return Preview(tuple(existing), 0, problems)
 
@@ -161,13 +155,8 @@ class _Push:
 
     def layer(self, plan: LayerPlan, hashing: Task, sending: Task) -> tuple[WrittenLayer, bool]:
         """The layer in the repository, and whether it was there already or could be mounted."""
-        digest = remembered_digest(plan)
-        if digest is None:
-            digest = write_layer(plan, [], hashing)
-        else:
-            hashing.advance(plan.size)
-        layer = plain_layer(plan, digest)
-        return layer, not self.blob(layer.blob, lambda: LayerReader(plan), sending)  # type: ignore[arg-type, return-value]
+        layer = known_layer(plan, hashing)
+        return layer, not self.blob(layer.blob, lambda: open_layer(plan), sending)
 
     def blob(
         self, blob: Descriptor, open_source: Callable[[], BinaryIO], task: Task, mount_from: str | None = None

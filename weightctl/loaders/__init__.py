@@ -1,6 +1,15 @@
 """How weights reach a device."""
 
-from weightctl.loaders import pipelined, safetensors, tensorizer, torch, transformers
+from weightctl.loaders import (
+    fastsafetensors,
+    instanttensor,
+    pipelined,
+    runai,
+    safetensors,
+    tensorizer,
+    torch,
+    transformers,
+)
 from weightctl.loaders.base import (
     FormatLoader,
     Loader,
@@ -17,10 +26,13 @@ __all__ = [
     "Loader",
     "choose_device",
     "choose_loader",
+    "fastsafetensors",
+    "instanttensor",
     "loaders",
     "open_stored",
     "own_format",
     "pipelined",
+    "runai",
     "safetensors",
     "tensorizer",
     "torch",

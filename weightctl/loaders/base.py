@@ -156,6 +156,8 @@ _UNREADABLE: tuple[type[Exception], ...] = (
     TypeError, ValueError, struct.error,
 )  # fmt: skip
 
+_FAILURES: tuple[type[Exception], ...] = (OSError, *_UNREADABLE)
+
 
 @contextlib.contextmanager
 def translated_read_errors(path: Path, *more: type[Exception]) -> Iterator[None]:
@@ -172,3 +174,21 @@ def translated_read_errors(path: Path, *more: type[Exception]) -> Iterator[None]
     except (*_UNREADABLE, *more) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise IntegrityError(f"{path} cannot be read: {reason[:200]}", "it is damaged: fetch it again") from error
+
+
+@contextlib.contextmanager
+def translated_library_errors(library: str, snapshot: Snapshot) -> Iterator[None]:
+    """Turn what a library raises over a model whose headers are in order into a WeightctlError."""
+    import torch
+
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise WeightctlError(
+            f"{snapshot.name} does not fit into the device's free memory", "free some of it, or load to another device"
+        ) from error
+    except _FAILURES as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise WeightctlError(
+            f"{library} cannot load {snapshot.name}: {reason[:300]}", "choose another strategy, or auto"
+        ) from error

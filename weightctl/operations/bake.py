@@ -13,7 +13,9 @@ from weightctl.config import Config
 from weightctl.errors import UsageError, WeightctlError
 from weightctl.images import BakedLayer, DockerImages, Images, images
 from weightctl.images.bases import platform_of
-from weightctl.images.oci import ImageName, ImagePlan, check_created, check_directory, check_platform, plan_image
+from weightctl.images.compression import check_compression
+from weightctl.images.oci import ImageName
+from weightctl.images.plan import ImagePlan, check_created, check_directory, check_platform, plan_image
 from weightctl.model import Snapshot
 from weightctl.operations import resolve
 from weightctl.operations.base import open_base
@@ -87,6 +89,8 @@ class Recipe:
     """Where the image keeps the model; `/models/NAME` unless given."""
     platform: str | None = None
     """`os/architecture`; the base's unless given."""
+    compression: str = "none"
+    """`none`, `zstd` or `gzip`."""
     created: str | None = None
     """An RFC 3339 time for the image's annotations; left out unless given, so that digests do not depend on it."""
 
@@ -170,9 +174,15 @@ def _checked(recipe: Recipe, progress: Progress) -> tuple[ImageName, str, Images
         check_directory(recipe.path)
     if recipe.created is not None:
         check_created(recipe.created)
+    check_compression(recipe.compression)
     name = ImageName.parse(recipe.tag)
     to = recipe.to or _default_target(name, progress)
     backend, _, location = to.partition(":")
+    if backend == "docker" and recipe.compression != "none":
+        raise UsageError(
+            "an engine keeps layers unpacked: compressing them on the way only takes time",
+            "leave out --compression (Docker before 23 cannot read zstd at all)",
+        )
     return name, to, images.get(backend)(location)
 
 
@@ -202,7 +212,7 @@ def _plan(
         base = f"docker:{DockerImages().build(dockerfile, recipe.platform, progress)}" if build else "scratch"
     image = open_base(base, recipe.platform, to.partition(":")[0], scratch, config=config)
     platform = recipe.platform or (platform_of(image) if image else DEFAULT_PLATFORM)
-    return plan_image(snapshot, path, platform, recipe.created, image)
+    return plan_image(snapshot, path, platform, recipe.created, image, recipe.compression)
 
 
 def _refuse_credentials(snapshot: Snapshot, include: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tarfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from weightctl.checkpoint import read_checkpoint, read_safetensors_header
 from weightctl.config import Config
 from weightctl.digests import Check, DigestCache, check_against, hash_files
 from weightctl.errors import IntegrityError, UsageError
-from weightctl.images import RemoteImages, images
+from weightctl.images import Images, images
 from weightctl.loaders.tensorizer import check_tensorizer
 from weightctl.model import Reference, Snapshot
 from weightctl.operations import resolve
@@ -33,8 +34,9 @@ class VerifyResult:
 
 
 def verify(target: str, against: str | None = None, *, config: Config, progress: Progress) -> VerifyResult:
-    """Check `target`: a model's directory, `volume:DIR#name[@version]`, an OCI layout, a registry's image
-    (`[registry:]NAME:TAG`), or a Tensorizer file.
+    """Check `target`: a model's directory, `volume:DIR#name[@version]`, an image, or a Tensorizer file.
+
+    An image is an OCI layout (`[layout:]DIR`), an archive (`[archive:]FILE`) or in a registry (`[registry:]NAME:TAG`).
 
     What is compared: in the Hub's cache, each file with its name, which is its hash; anywhere, the headers of
     safetensors files; in a volume, each file with what was pushed; in an image, digests, sizes and diffIDs; in a
@@ -42,23 +44,27 @@ def verify(target: str, against: str | None = None, *, config: Config, progress:
     Raises UsageError if there is nothing to verify.
     """
     began = time.monotonic()
-    image = _registry_image(target)
-    if against is not None and image is None:
-        raise UsageError(f"only an image is compared with a model, and {target!r} is none in a registry")
-    if image is not None:
+    if (image := _image(target)) is not None:
         model = _hashed(against, config, progress) if against else None
-        found = RemoteImages(image).check(model, config=config, progress=progress)
+        found = image.check(model, config=config, progress=progress)
+    elif against is not None:
+        raise UsageError(f"only an image is compared with a model, and {target!r} is none")
     else:
         found = _check(target, config, progress)
     return VerifyResult(target, found.files, found.bytes, not found.problems, found.problems, time.monotonic() - began)
 
 
-def _registry_image(target: str) -> str | None:
-    """The image that the target names in a registry: written as one, or nothing else that is here."""
-    if target.startswith("registry:"):
-        return target.removeprefix("registry:")
-    here = target.startswith(("volume:", "layout:")) or Path(target).expanduser().exists()
-    return target if not here and ":" in target else None
+def _image(target: str) -> Images | None:
+    """Where the image is that the target names: by its backend, by what lies there, or in a registry by its name."""
+    kind, _, location = target.partition(":")
+    if kind in ("archive", "layout", "registry"):
+        return images.get(kind)(location)
+    path = Path(target).expanduser()
+    if (path / "oci-layout").is_file():
+        return images.get("layout")(target)
+    if path.is_file() and tarfile.is_tarfile(path):
+        return images.get("archive")(target)
+    return images.get("registry")(target) if location and kind != "volume" and not path.exists() else None
 
 
 def _hashed(model: str, config: Config, progress: Progress) -> Snapshot:
@@ -72,14 +78,13 @@ def _check(target: str, config: Config, progress: Progress) -> Check:
         reference = Reference.parse(target)
         volume = volumes.get("directory")(Path(reference.location))
         return volume.check(str(reference.name), reference.revision or "latest", config=config, progress=progress)
-    path = Path(target.removeprefix("layout:")).expanduser()
-    if target.startswith("layout:") or (path / "oci-layout").is_file():
-        return images.get("layout")(str(path)).check(config=config, progress=progress)
+    path = Path(target).expanduser()
     if path.is_file():
         return check_tensorizer(path, progress=progress)
     if path.is_dir():
         return _check_directory(path, config, progress)
-    raise UsageError(f"nothing to verify at {target!r}", "give a directory, volume:DIR#name, an OCI layout, NAME:TAG or a file")
+    hint = "give a directory, volume:DIR#name, an image (a layout, an archive, NAME:TAG) or a Tensorizer file"
+    raise UsageError(f"there is nothing to verify at {target!r}", hint)
 
 
 def _check_directory(path: Path, config: Config, progress: Progress) -> Check:

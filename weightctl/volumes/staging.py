@@ -1,0 +1,58 @@
+"""Where versions are put together out of sight: a directory and a lease for each piece of work."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from weightctl import storage
+from weightctl.volumes import leases
+
+
+class Staging:
+    """The pieces of work under way on a volume, and what is left of those that died."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    @contextlib.contextmanager
+    def work(self, key: str, on_wait: Callable[[], object] = lambda: None) -> Iterator[Path]:
+        """The directory of the work `key`, which one process at a time does, with what a dead one left in it.
+
+        It is removed when the block ends well, and kept for the next one when it does not; where the disk is full,
+        room is worth more to everybody than work half done.
+        """
+        storage.make_directories(self._root)
+        directory = self._root / key
+        with leases.held(self._lease(key), on_wait=on_wait):
+            directory.mkdir(exist_ok=True)
+            try:
+                yield directory
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    shutil.rmtree(directory, ignore_errors=True)
+                raise
+            shutil.rmtree(directory)
+
+    def sweep(self, prefixes: tuple[str, ...], *, dry_run: bool = False) -> int:
+        """Remove the work whose key begins so and whose process is dead; how much there was."""
+        entries = list(self._root.iterdir()) if self._root.is_dir() else []
+        keys = {path.name.removesuffix(leases.SUFFIX) for path in entries if path.name.startswith(prefixes)}
+        return sum(self._sweep(key, dry_run=dry_run) for key in sorted(keys))
+
+    def _sweep(self, key: str, *, dry_run: bool) -> bool:
+        if dry_run:
+            return leases.owner_of(self._lease(key)) is None
+        try:
+            with leases.held(self._lease(key), wait=False):
+                with contextlib.suppress(NotADirectoryError, FileNotFoundError):
+                    shutil.rmtree(self._root / key)
+                return True
+        except BlockingIOError:
+            return False
+
+    def _lease(self, key: str) -> Path:
+        return self._root / f"{key}{leases.SUFFIX}"
