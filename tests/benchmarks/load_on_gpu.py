@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 SHARD_BYTES = 2 << 30
-STRATEGIES = ("safetensors", "torch", "tensorizer")
+STRATEGIES = ("safetensors", "pipelined", "torch", "tensorizer")
 
 
 def write_llama(directory: Path, nbytes: int) -> None:
@@ -92,7 +92,7 @@ def check_logits(directory: Path, scratch: Path, device: str) -> None:
         for strategy in STRATEGIES:
             torch.cuda.empty_cache()
             model = directory
-            if strategy != "safetensors":
+            if strategy not in ("safetensors", "pipelined"):
                 (converted,) = scratch.glob(
                     "*/" + {"torch": "pytorch_model.bin", "tensorizer": "model.tensors"}[strategy]
                 )
@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=8)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--cache", action="append", choices=("warm", "cold"))
     parser.add_argument("--output", type=Path, default=Path("load_on_gpu.json"))
     arguments = parser.parse_args()
     directory, scratch = arguments.directory.absolute() / "model", arguments.directory.absolute() / "scratch"
@@ -122,7 +123,8 @@ def main() -> None:
         write_llama(directory, int(arguments.gib * (1 << 30)))
     command = [
         *(sys.executable, "-m", "weightctl", "bench", str(directory), "--device", arguments.device),
-        *("--cache", "warm", "--cache", "cold", "--runs", str(arguments.runs), "--scratch", str(scratch)),
+        *(option for cache in arguments.cache or ("warm", "cold") for option in ("--cache", cache)),
+        *("--runs", str(arguments.runs), "--scratch", str(scratch)),
         *("--output", str(arguments.output)),
     ]
     subprocess.run(command, check=True)

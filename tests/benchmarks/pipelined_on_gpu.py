@@ -640,7 +640,7 @@ CHILDREN: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 def child(what: str, limit: float = 120, **job: Any) -> dict[str, Any]:
     """Run one of CHILDREN in a process of its own. Raises RuntimeError if it fails."""
     command = [sys.executable, str(Path(__file__).resolve()), "--child", what]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[2]), *sys.path])}
     try:
         done = subprocess.run(
             command, input=json.dumps(job), capture_output=True, text=True, timeout=limit, env=environment, check=False
