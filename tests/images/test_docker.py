@@ -1,0 +1,215 @@
+"""The Docker engine: images streamed into a real one, run there, and taken from it as bases."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import models
+from tests.command import Outcome, weightctl
+from tests.images.conformance import plan, read_layout
+from tests.services import docker_engine, tool
+from weightctl.config import Config
+from weightctl.errors import IntegrityError, UsageError, WeightctlError
+from weightctl.images import Baked, DockerImages
+from weightctl.images.oci import ImageName
+from weightctl.images.plan import ImagePlan
+from weightctl.progress import Progress
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[str]:
+    with docker_engine() as host:
+        yield host
+
+
+@pytest.fixture(autouse=True)
+def environment(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOCKER_HOST", engine)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """Bytes of its own, so that no layer of another test makes this one pass."""
+    return models.write_model(tmp_path / "m", seed=abs(hash(tmp_path)) % 10**6)
+
+
+def bake(image: ImagePlan, name: str) -> Baked:
+    return DockerImages().bake(image, ImageName.parse(name), config=Config(), progress=Progress())
+
+
+def inspect(name: str) -> dict[str, Any]:
+    return json.loads(tool("docker", "inspect", name))[0]  # type: ignore[no-any-return]
+
+
+def import_base(name: str) -> None:
+    """An image that can run: busybox, with what a base may have."""
+    busybox = Path("/bin/busybox")
+    if not busybox.exists():
+        pytest.skip("busybox-static is not installed")
+    changes = ["ENV BASE=yes", 'ENTRYPOINT ["/bin/busybox"]', "WORKDIR /srv"]
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        tar.add(busybox, "bin/busybox")
+    path = Path(f"/tmp/{name.replace(':', '-')}.tar")
+    path.write_bytes(archive.getvalue())
+    try:
+        tool("docker", "import", *(part for change in changes for part in ("--change", change)), path, name)
+    finally:
+        path.unlink()
+
+
+def test_another_tool_reads_the_model_from_the_engine(engine: str, model: Path, tmp_path: Path) -> None:
+    baked = bake(plan(model), "engine-test:v1")
+    assert inspect("engine-test:v1")["Id"] == baked.digest
+    options = ["--src-daemon-host", engine]
+    tool("skopeo", "copy", *options, "docker-daemon:engine-test:v1", f"oci:{tmp_path / 'layout'}:v1")
+    image = read_layout(tmp_path / "layout", "v1")
+    assert image.files == {f"/models/m/{path}": data for path, data in models.contents(model).items()}
+    for member in (member for layer in image.layers for member in layer):
+        assert (member.uid, member.gid, member.mtime) == (0, 0, 0)
+        assert member.mode == (0o755 if member.isdir() else 0o644)
+
+
+def test_a_container_finds_the_files(model: Path, tmp_path: Path) -> None:
+    import_base("engine-base:run")
+    outcome = weightctl(
+        "bake", model, "--tag", "engine-run:v1", "--to", "docker", "--base", "engine-base:run", "--path", "/weights"
+    )
+    assert outcome.code == 0, outcome.stderr
+    settings = inspect("engine-run:v1")["Config"]
+    assert settings["Entrypoint"] == ["/bin/busybox"]
+    assert settings["WorkingDir"] == "/srv"
+    assert {"BASE=yes", "WEIGHTCTL_MODEL_DIR=/weights"} <= set(settings["Env"])
+    run = ["docker", "run", "--rm", "--network", "none", "engine-run:v1"]
+    sums = tool(*run, "find", "/weights", "-type", "f", "-exec", "/bin/busybox", "md5sum", "{}", ";")
+    assert len(sums.splitlines()) == len(models.contents(model))
+    content = tool(*run, "cat", "/weights/config.json")
+    assert content == (model / "config.json").read_text()
+
+
+def test_only_changed_layers_are_sent_again(model: Path) -> None:
+    first = bake(plan(model), "engine-again:v1")
+    assert not any(layer.reused for layer in first.layers)
+    again = bake(plan(model), "engine-again:v2")
+    assert again.digest == first.digest
+    assert all(layer.reused for layer in again.layers)
+    assert again.written_bytes == 0
+    (model / "config.json").write_text('{"changed": true}')
+    changed = bake(plan(model), "engine-again:v3")
+    assert [layer.reused for layer in changed.layers] == [True, True, False]
+    assert changed.written_bytes == changed.layers[-1].size
+
+
+def test_a_dry_run_says_what_is_there(model: Path) -> None:
+    def planned() -> Outcome:
+        return weightctl("bake", model, "--tag", "engine-dry:v1", "--to", "docker", "--dry-run", "--json")
+
+    before = planned().result
+    assert not any(layer["exists"] for layer in before["layers"])
+    assert before["peak_disk_bytes"] >= 2 * before["bytes"]
+    bake(plan(models.settle(model), f"/models/{model.name}"), "engine-dry:v1")
+    assert "engine-dry" in tool("docker", "images")
+
+
+def test_the_engine_is_the_default_target(model: Path) -> None:
+    outcome = weightctl("bake", model, "--tag", "engine-default:v1")
+    assert outcome.code == 0, outcome.stderr
+    assert "baking to docker" in outcome.stderr
+    assert outcome.stdout.strip() == inspect("engine-default:v1")["Id"]
+
+
+def test_a_template_is_built_below_the_weights(model: Path, tmp_path: Path) -> None:
+    import_base("engine-base:template")
+    template = tmp_path / "Dockerfile.template"
+    template.write_text('FROM engine-base:template\nLABEL model="{{ name }}" path="{{ path }}"\nENV APP=1\n')
+    outcome = weightctl("bake", model, "--tag", "engine-app:v1", "--to", "docker", "--template", template)
+    assert outcome.code == 0, outcome.stderr
+    image = inspect("engine-app:v1")
+    assert image["Config"]["Labels"] == {"model": "m", "path": "/models/m"}
+    assert "APP=1" in image["Config"]["Env"]
+    weights = image["RootFS"]["Layers"][-3:]
+    template.write_text("FROM engine-base:template\nENV APP=2\n")
+    layout = tmp_path / "layout"
+    again = weightctl("bake", model, "--tag", "app:v2", "--to", f"layout:{layout}", "--template", template)
+    assert again.code == 0, again.stderr
+    assert read_layout(layout, "v2").config["rootfs"]["diff_ids"][-3:] == weights
+
+
+def test_a_template_that_does_not_build(model: Path, tmp_path: Path) -> None:
+    template = tmp_path / "Dockerfile.template"
+    template.write_text("FROM scratch\nNONSENSE\n")
+    outcome = weightctl("bake", model, "--tag", "m:v1", "--to", "docker", "--template", template)
+    assert outcome.code == 1
+    assert "NONSENSE" in outcome.stderr
+    both = weightctl("bake", model, "--tag", "m:v1", "--template", template, "--base", "x")
+    assert both.code == 2
+    assert "leave out --base" in both.stderr
+
+
+def test_an_engine_image_below_a_layout(model: Path, tmp_path: Path) -> None:
+    import_base("engine-base:layout")
+    layout = tmp_path / "layout"
+    outcome = weightctl(
+        "bake", model, "--tag", "m:v1", "--to", f"layout:{layout}", "--base", "docker:engine-base:layout"
+    )
+    assert outcome.code == 0, outcome.stderr
+    image = read_layout(layout, "v1")
+    assert image.files["/bin/busybox"] == Path("/bin/busybox").read_bytes()
+    assert image.config["config"]["Entrypoint"] == ["/bin/busybox"]
+    assert weightctl("verify", layout, "--against", model).code == 0
+
+
+def test_a_damaged_file_leaves_nothing_in_the_engine(tmp_path: Path) -> None:
+    data = {"model.safetensors": b"x" * (3 << 20), "a.safetensors": b"y" * (3 << 20)}
+    snapshot = models.write_hub_cache(tmp_path / "hub", data)
+    image = plan(snapshot)
+    models.flip_bit((snapshot / "model.safetensors").resolve())
+    with pytest.raises(IntegrityError, match="damaged"):
+        bake(image, "engine-damaged:v1")
+    assert "engine-damaged" not in tool("docker", "images")
+
+
+def test_no_engine(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere/docker.sock")
+    with pytest.raises(WeightctlError, match="no Docker engine answers at unix:///nowhere"):
+        bake(plan(model), "m:v1")
+    outcome = weightctl("bake", model, "--tag", "org/m:v1", cwd=tmp_path)
+    assert outcome.code == 0
+    assert "baking to layout:./m.oci, since no Docker engine answers" in outcome.stderr
+    with pytest.raises(UsageError):
+        DockerImages("somewhere")
+
+
+def test_an_unknown_base(model: Path) -> None:
+    outcome = weightctl("bake", model, "--tag", "m:v1", "--to", "docker", "--base", "docker:no-such-image:v1")
+    assert outcome.code == 2
+    assert "the engine has no image" in outcome.stderr
+
+
+def test_120_layers_at_most_and_docker_takes_them(tmp_path: Path) -> None:
+    directory = tmp_path / "m"
+    for number in range(130):
+        models.write_safetensors(directory / f"model-{number:05}.safetensors", (1 << 20) + number, number + 5000)
+    image = plan(directory)
+    assert len(image.layers) == 120
+    assert image == plan(directory)
+    assert len(inspect_layers(bake(image, "engine-many:v1"))) == 120
+
+
+def inspect_layers(baked: Baked) -> list[str]:
+    return list(inspect(baked.digest)["RootFS"]["Layers"])
+
+
+def test_what_looks_like_a_credential_is_refused(model: Path) -> None:
+    (model / ".netrc").write_text("machine x login y password z")
+    outcome = weightctl("bake", model, "--tag", "m:v1", "--to", "docker")
+    assert outcome.code == 2
+    assert ".netrc looks like a credential" in outcome.stderr
+    assert weightctl("bake", model, "--tag", "m:v1", "--to", "docker", "--exclude", ".netrc").code == 0
