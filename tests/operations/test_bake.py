@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import socket
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests import models
-from tests.disk import NOBODY, as_ordinary_user, cannot
+from tests.disk import NOBODY, as_ordinary_user, cannot, open_to_all
 from tests.images.conformance import read_layout
 from weightctl.config import Config
 from weightctl.errors import IntegrityError, UsageError, WeightctlError
@@ -74,12 +72,6 @@ def test_nothing_of_the_machine_is_in_the_digest(model: Path, tmp_path: Path) ->
 
     as_ordinary_user(bake_there)
     assert models.contents(place / "layout" / "blobs") == models.contents(tmp_path / "layout" / "blobs")
-
-
-def open_to_all(directory: Path) -> None:
-    """Let every user find its way to a directory of the test."""
-    for above in itertools.takewhile(lambda path: path != Path(tempfile.gettempdir()), (directory, *directory.parents)):
-        above.chmod(above.stat().st_mode | 0o055)
 
 
 def test_the_path_is_part_of_the_image_and_the_tag_is_not(model: Path, layout: Path) -> None:

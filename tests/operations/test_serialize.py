@@ -20,7 +20,7 @@ import weightctl
 from tests import tiny_models as models
 from tests.command import start
 from tests.command import weightctl as command
-from tests.disk import as_ordinary_user, read_only_directory, small_disk
+from tests.disk import as_ordinary_user, open_to_all, read_only_directory, small_disk
 from weightctl.config import Config
 from weightctl.errors import IntegrityError, UsageError, WeightctlError
 from weightctl.operations import serialize as operation
@@ -245,9 +245,7 @@ except Exception as error:
 
 def test_a_read_only_directory(tmp_path: Path) -> None:
     model = small_model(tmp_path / "model")
-    for directory in (tmp_path, *tmp_path.parents):
-        if os.access(directory, os.W_OK):
-            directory.chmod(0o755)
+    open_to_all(tmp_path)
     (model / "model.safetensors").chmod(0o644)
     with read_only_directory() as directory:
 
