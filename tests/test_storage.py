@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -96,9 +97,11 @@ def test_in_parallel_stops_at_the_first_failure() -> None:
 
     def work(n: int) -> None:
         begun.append(n)
-        raise WeightctlError(str(n))
+        if n == 0:
+            raise WeightctlError("the first one failed")
+        time.sleep(0.01)  # so that there is something left to stop
 
-    with pytest.raises(WeightctlError):
+    with pytest.raises(WeightctlError, match="the first one failed"):
         storage.in_parallel(work, range(1000), 1)
     assert len(begun) < 1000
 
