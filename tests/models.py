@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -93,11 +94,10 @@ def state(directory: Path) -> dict[str, tuple[int, int, int]]:
 def bytes_in(*directories: Path) -> int:
     """Bytes of the files below, while somebody writes, renames and removes them."""
     total = 0
-    for path in (path for directory in directories for path in directory.rglob("*")):
-        try:
-            total += path.lstat().st_size if path.is_file() else 0
-        except FileNotFoundError:
-            continue
+    for parent, _, names in (found for directory in directories for found in os.walk(directory)):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(parent, name)).st_size
     return total
 
 

@@ -8,16 +8,23 @@ from weightctl.errors import IntegrityError, NotInstalledError, UsageError, Weig
 
 if TYPE_CHECKING:
     from weightctl.operations.load import load, load_into, load_model
+    from weightctl.volumes import DirectoryVolume as Volume
 
 __version__ = "0.1.0"
 
-__all__ = ["IntegrityError", "NotInstalledError", "UsageError", "WeightctlError", "load", "load_into", "load_model"]
+__all__ = [
+    "IntegrityError", "NotInstalledError", "UsageError", "Volume", "WeightctlError", "load", "load_into", "load_model",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    """Bring what loads weights only when it is asked for."""
+    """Bring what does the work only when it is asked for."""
     if name in ("load", "load_into", "load_model"):
         from weightctl.operations import load
 
         return getattr(load, name)
+    if name == "Volume":
+        from weightctl.volumes import DirectoryVolume
+
+        return DirectoryVolume
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -59,7 +59,7 @@ class Reference:
             name, _, version = rest.partition("@")
             if not directory or not name:
                 raise UsageError(f"not a model in a volume: {text!r}", "write volume:DIR#NAME[@VERSION]")
-            return cls("volume", directory, check_name(name), version or None)
+            return cls("volume", str(Path(directory).expanduser()), check_name(name), version or None)
         if text.startswith("file://"):
             path = urllib.parse.unquote(text.removeprefix("file://"))
             if not path.startswith("/"):

@@ -165,9 +165,10 @@ def sync_files(paths: Sequence[Path], workers: int) -> None:
 
 def _sync_file(path: Path) -> None:
     if path.is_dir():
-        return fsync_directory(path)
-    with path.open("rb", buffering=0) as stream:
-        os.fsync(stream.fileno())
+        fsync_directory(path)
+    else:
+        with path.open("rb", buffering=0) as stream:
+            os.fsync(stream.fileno())
 
 
 def _sync_filesystem(path: Path) -> bool:

@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.push_volume [--directory DIR] [--gib 4] [--rounds 3] [--files 10000] [--workers N]
 
-Everything is timed side by side in one run, round by round and in turn, each with the disk idle at its start and durable
-at its end. The model is in the page cache; weightctl is run as a user runs it, the start of Python included.
+Everything is timed side by side in one run, round by round and in random order, from an idle disk to durable bytes.
+The model is in the page cache; weightctl is run as a user runs it, the start of Python included.
 """
 
 from __future__ import annotations

@@ -113,3 +113,36 @@ def test_an_interrupt_stops_in_the_middle_of_a_file(volume: Path, tmp_path: Path
     assert "interrupted" in stderr
     assert "Traceback" not in stderr
     assert os.listdir(volume) == [".weightctl"]
+
+
+def test_keep_removes_old_versions(model: Path, volume: Path) -> None:
+    first = weightctl("push-volume", model, volume, "--json").result
+    models.flip_bit(model / "config.json")
+    done = weightctl("push-volume", model, volume, "--keep", 1)
+    assert done.code == 0
+    assert f"removed m@{first['version']}" in done.stderr
+    assert sorted(os.listdir(volume / "m")) == sorted([Path(done.stdout.strip()).name, "latest"])
+    assert weightctl("push-volume", model, volume, "--keep", 0).code == 2
+
+
+def test_a_second_push_says_that_it_waits(volume: Path, tmp_path: Path) -> None:
+    model = tmp_path / "m"
+    model.mkdir()
+    with (model / "model.safetensors").open("wb") as stream:
+        stream.truncate(2 << 30)
+    first = start("push-volume", model, volume)
+    models.wait_for(lambda: models.bytes_in(volume / ".weightctl") > 8 << 20)
+    second = weightctl("push-volume", model, volume)
+    assert first.communicate()[0] == second.stdout
+    assert "another process is pushing the same" in second.stderr
+    assert "nothing to copy" in second.stderr
+
+
+def test_a_home_directory_in_a_volumes_name(model: Path, home: Path) -> None:
+    (home / "volume").mkdir()
+    assert weightctl("push-volume", model, home / "volume").code == 0
+    assert weightctl("verify", "volume:~/volume#m").code == 0
+
+
+def test_no_cache_is_for_models_of_the_hub(model: Path, volume: Path) -> None:
+    assert weightctl("push-volume", model, volume, "--no-cache").code == 0

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests import models
+from tests.hub_server import Hub
 from weightctl.config import Config
 from weightctl.errors import IntegrityError, UsageError
 from weightctl.operations.push_volume import PushResult, plan_push, push_volume
@@ -124,3 +125,50 @@ def test_an_empty_model(volume: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no files in"):
         push(tmp_path / "empty", volume)
     assert list(volume.iterdir()) == []
+
+
+HUB_MODEL = {"config.json": b"{}", "sub/readme": b"some text", "model.safetensors": b"weights!" * (1 << 18)}
+
+
+def test_no_cache_downloads_to_the_volume_alone(hub: Hub, volume: Path, home: Path) -> None:
+    hub.add("org/name", HUB_MODEL)
+    result = push("org/name", volume, no_cache=True)
+    assert (result.name, result.copied_bytes, result.reused_bytes) == ("org/name", result.bytes, 0)
+    assert models.contents(result.path) == HUB_MODEL
+    assert models.bytes_in(home / "hf") < 1000
+    assert list((volume / ".weightctl" / "staging").iterdir()) == []
+    (volume / "other").mkdir()
+    plain = push("org/name", volume / "other")
+    assert (plain.version, models.contents(plain.path)) == (result.version, HUB_MODEL)
+
+
+def test_no_cache_fetches_only_what_the_volume_lacks(hub: Hub, volume: Path) -> None:
+    hub.add("org/name", HUB_MODEL)
+    first = push("org/name", volume, no_cache=True)
+    hub.requests.clear()
+    again = push("org/name", volume, no_cache=True)
+    assert (again.version, again.copied_bytes, hub.fetched()) == (first.version, 0, {})
+    hub.add("org/name", {**HUB_MODEL, "config.json": b"[]"})
+    hub.requests.clear()
+    second = push("org/name", volume, no_cache=True)
+    assert (second.copied_bytes, second.reused_bytes) == (2, second.bytes - 2)
+    assert sum(hub.fetched().values()) == 2
+    assert (first.path / "model.safetensors").samefile(second.path / "model.safetensors")
+    assert models.contents(second.path) == {**HUB_MODEL, "config.json": b"[]"}
+
+
+def test_no_cache_uses_what_the_cache_has(hub: Hub, volume: Path) -> None:
+    hub.add("org/name", HUB_MODEL)
+    resolve("org/name", verify=True, config=Config(), progress=Progress())
+    hub.requests.clear()
+    assert models.contents(push("org/name", volume, no_cache=True).path) == HUB_MODEL
+    assert hub.fetched() == {}
+
+
+def test_no_cache_takes_no_damaged_file_from_the_volume(hub: Hub, volume: Path) -> None:
+    hub.add("org/name", HUB_MODEL)
+    first = push("org/name", volume, no_cache=True)
+    models.flip_bit(first.path / "model.safetensors")
+    second = push("org/name", volume, no_cache=True)
+    assert second.path == first.path
+    assert models.contents(second.path) == HUB_MODEL

@@ -108,9 +108,8 @@ class VolumeConformance(ABC):
         assert volume.find(snapshot, "other") is None
 
     def test_a_damaged_file_is_refused_and_the_volume_unchanged(self, volume: Volume, tmp_path: Path) -> None:
-        files = {"config.json": b"{}", "model.safetensors": bytes(3 << 20)}
-        whole = models.write_hub_cache(tmp_path / "whole", files)
-        damaged = models.write_hub_cache(tmp_path / "damaged", {**files, "more.json": b"1"})
+        whole = models.write_hub_cache(tmp_path / "whole", {"model.safetensors": bytes(3 << 20)})
+        damaged = models.write_hub_cache(tmp_path / "damaged", {"model.safetensors": b"1" * (3 << 20)})
         first = self.publish(volume, whole)
         models.flip_bit(damaged / "model.safetensors")
         with pytest.raises(IntegrityError, match=(damaged / "model.safetensors").resolve().name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import signal
 import stat
@@ -15,15 +16,17 @@ from typing import Any
 
 import pytest
 
+import weightctl as weightctl_package
 from tests import models
 from tests.command import start, weightctl
-from tests.disk import as_ordinary_user, read_only_directory, small_disk
+from tests.disk import as_ordinary_user, fork, lacking, read_only_directory, small_disk
+from tests.models import SHARD_BYTES
 from tests.volumes.conformance import VolumeConformance
 from weightctl.config import Config
 from weightctl.errors import IntegrityError, UsageError, WeightctlError
 from weightctl.progress import Progress
 from weightctl.sources.directory import read_directory
-from weightctl.volumes import DirectoryVolume, Published
+from weightctl.volumes import DirectoryVolume, Published, directory
 
 
 class TestDirectory(VolumeConformance):
@@ -45,10 +48,21 @@ def model(tmp_path: Path) -> Path:
     return models.write_model(tmp_path / "m")
 
 
-def publish(volume: Path, model: Path, name: str = "m", workers: int = 2) -> Published:
+def publish(volume: Path, model: Path, name: str = "m", workers: int = 2, verify: bool = False) -> Published:
     return DirectoryVolume(volume).publish(
-        read_directory(model), name, config=Config(workers=workers), progress=Progress()
+        read_directory(model), name, verify=verify, config=Config(workers=workers), progress=Progress()
     )
+
+
+def prune(volume: Path, **options: Any) -> list[str]:
+    return [version.version for version in DirectoryVolume(volume).prune(**options, progress=Progress()).removed]
+
+
+def rot(path: Path) -> None:
+    """Flip a bit as a disk does: no time changes."""
+    before = path.stat()
+    models.flip_bit(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def problems(volume: Path, name: str = "m", version: str = "latest") -> tuple[str, ...]:
@@ -103,13 +117,323 @@ def test_a_latest_that_leads_elsewhere_is_not_followed_and_mended(volume: Path, 
     assert DirectoryVolume(volume).resolve("m") == published.path
 
 
-def test_a_version_that_lost_a_file_is_not_taken_for_whole(volume: Path, model: Path) -> None:
-    models.settle(model)
+def test_a_version_that_lost_a_file_is_mended(volume: Path, model: Path) -> None:
     published = publish(volume, model)
+    untouched = (published.path / "model-00002-of-00002.safetensors").stat().st_ino
     (published.path / "config.json").unlink()
-    with pytest.raises(IntegrityError, match="is damaged: files are missing") as caught:
+    (published.path / "1_Pooling" / "config.json").write_text("other")
+    models.flip_bit(published.path / "model-00001-of-00002.safetensors")
+    again = publish(volume, model)
+    assert again.path == published.path
+    assert SHARD_BYTES < again.copied_bytes < 2 * SHARD_BYTES
+    assert models.contents(published.path) == models.contents(model)
+    assert (published.path / "model-00002-of-00002.safetensors").stat().st_ino == untouched
+    assert problems(volume) == ()
+
+
+def test_a_bit_that_rotted_in_silence_is_found_and_mended_with_verify(volume: Path, model: Path) -> None:
+    published = publish(volume, model)
+    shard = published.path / "model-00001-of-00002.safetensors"
+    rot(shard)
+    assert publish(volume, model).copied_bytes == 0  # sizes and times say nothing
+    assert problems(volume)
+    assert publish(volume, model, verify=True).copied_bytes == shard.stat().st_size
+    assert models.contents(published.path) == models.contents(model)
+    assert publish(volume, model, verify=True).copied_bytes == 0
+
+
+# What an earlier version has is not copied.
+
+
+def test_a_file_that_an_earlier_version_has_is_linked(volume: Path, model: Path) -> None:
+    first = publish(volume, model)
+    models.flip_bit(model / "model-00002-of-00002.safetensors")
+    second = publish(volume, model)
+    assert second.version != first.version
+    changed = (model / "model-00002-of-00002.safetensors").stat().st_size
+    assert second.copied_bytes == changed
+    assert second.reused_bytes == first.copied_bytes - changed
+    assert models.contents(second.path) == models.contents(model)
+    same, other = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    assert (first.path / same).samefile(second.path / same)
+    assert not (first.path / other).samefile(second.path / other)
+    third = publish(volume, model, "another/name")
+    assert (third.copied_bytes, third.reused_bytes) == (0, first.copied_bytes)
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove", "replace"])
+def test_a_damaged_file_is_not_linked(volume: Path, model: Path, harm: str) -> None:
+    first = publish(volume, model)
+    shard = first.path / "model-00001-of-00002.safetensors"
+    if harm == "flip":
+        models.flip_bit(shard)
+    elif harm == "cut":
+        os.truncate(shard, 1000)
+    else:
+        size = shard.stat().st_size
+        shard.unlink()
+        if harm == "replace":
+            shard.write_bytes(bytes(size))
+    (model / "config.json").write_text("changed")
+    second = publish(volume, model)
+    assert second.copied_bytes > SHARD_BYTES
+    assert models.contents(second.path) == models.contents(model)
+    assert problems(volume) == ()
+
+
+def test_an_untouched_file_whose_time_was_changed_is_read_and_linked(volume: Path, model: Path) -> None:
+    first = publish(volume, model)
+    shard = first.path / "model-00001-of-00002.safetensors"
+    shard.touch()
+    (model / "config.json").write_text("changed")
+    second = publish(volume, model)
+    assert second.copied_bytes == len("changed")
+    assert shard.samefile(second.path / shard.name)
+
+
+def test_a_link_that_a_dead_push_left_is_never_written_through(volume: Path, model: Path) -> None:
+    first = publish(volume, model)
+    before = models.contents(first.path)
+    (model / "config.json").write_text("changed")
+    process = start("push-volume", model, volume)
+    process.kill()
+    process.wait()
+    staging = volume / ".weightctl" / "staging" / f"m@{directory._key(read_directory(model))}" / "files"
+    staging.mkdir(parents=True)
+    (staging / "config.json").hardlink_to(first.path / "config.json")
+    second = publish(volume, model)
+    assert models.contents(first.path) == before
+    assert models.contents(second.path) == models.contents(model)
+
+
+@pytest.mark.parametrize("calls", [("flock",), ("link",), ("symlink",), ("flock", "link", "symlink")])
+def test_a_filesystem_without_locks_or_links(volume: Path, model: Path, calls: tuple[str, ...]) -> None:
+    def push_twice() -> None:
+        lacking(*calls)
+        first = publish(volume, model)
+        assert publish(volume, model).copied_bytes == 0
+        (model / "config.json").write_text("changed")
+        second = publish(volume, model)
+        assert DirectoryVolume(volume).resolve("m") == second.path
+        assert (second.copied_bytes, second.reused_bytes) == (7, first.copied_bytes - 11)
+        assert models.contents(second.path) == models.contents(model)
+        shard = "model-00001-of-00002.safetensors"
+        assert (first.path / shard).samefile(second.path / shard) == ("link" not in calls)
+        with DirectoryVolume(volume).use("m", first.version):
+            assert prune(volume, keep=1) == []
+        assert prune(volume, keep=1) == [first.version]
+        assert problems(volume) == ()
+        assert staged(volume) == []
+
+    assert os.waitstatus_to_exitcode(os.waitpid(fork(push_twice), 0)[1]) == 0
+
+
+@pytest.mark.parametrize("calls", [(), ("flock",)])
+def test_two_pushes_at_once_of_which_one_does_the_work(volume: Path, tmp_path: Path, calls: tuple[str, ...]) -> None:
+    model = models.settle(models.write_model(tmp_path / "m", shards=4, size=8 << 20))
+    counts = tmp_path / "counts"
+    counts.mkdir()
+
+    def push() -> None:
+        lacking(*calls)
+        (counts / str(os.getpid())).write_text(str(publish(volume, model).copied_bytes))
+
+    children = [fork(push) for _ in range(2)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    total = sum(map(len, models.contents(model).values()))
+    assert sorted(int(count.read_text()) for count in counts.iterdir()) == [0, total]
+    assert staged(volume) == []
+
+
+def test_a_push_does_not_wait_for_one_of_another_version(volume: Path, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "big" / "m").mkdir(parents=True)
+    with (tmp_path / "big" / "m" / "model.bin").open("wb") as stream:
+        stream.truncate(3 << 30)
+    process = start("push-volume", tmp_path / "big" / "m", volume, "--json")
+    models.wait_for(lambda: models.bytes_in(volume / ".weightctl") > 8 << 20)
+    small = publish(volume, model)
+    assert process.poll() is None
+    assert DirectoryVolume(volume).resolve("m") == small.path
+    stdout, _ = process.communicate(timeout=100)
+    assert DirectoryVolume(volume).resolve("m").name == json.loads(stdout)["version"]
+    assert models.contents(small.path) == models.contents(model)
+    assert staged(volume) == []
+
+
+# Names, numbers, sizes and rights.
+
+
+def test_a_name_of_every_legal_byte(volume: Path, tmp_path: Path) -> None:
+    every = bytes(byte for byte in range(1, 256) if byte != ord("/"))
+    os.makedirs(os.path.join(os.fsencode(tmp_path / "m"), every))
+    with open(os.path.join(os.fsencode(tmp_path / "m"), every, every), "wb") as stream:
+        stream.write(b"here")
+    published = publish(volume, tmp_path / "m")
+    assert models.contents(published.path) == models.contents(tmp_path / "m")
+    assert problems(volume) == ()
+    assert publish(volume, tmp_path / "m").copied_bytes == 0
+
+
+def test_ten_thousand_files(volume: Path, tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    for number in range(10_000):
+        (tmp_path / "m" / f"{number:05}").write_bytes(b"%d" % number)
+    published = publish(volume, tmp_path / "m")
+    assert models.contents(published.path) == models.contents(tmp_path / "m")
+    (tmp_path / "m" / "00000").write_bytes(b"other")
+    assert publish(volume, tmp_path / "m").copied_bytes == 5
+
+
+def test_a_sparse_file_of_a_gibibyte(volume: Path, tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    with (tmp_path / "m" / "model.bin").open("wb") as stream:
+        stream.truncate((1 << 30) + 1)
+    published = publish(volume, tmp_path / "m", workers=4)
+    assert (published.path / "model.bin").stat().st_size == (1 << 30) + 1
+    assert problems(volume) == ()
+
+
+def test_whatever_the_umask_readers_can_read(volume: Path, model: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        published = publish(volume, model, "org/m")
+    finally:
+        os.umask(before)
+    volume.chmod(0o755)
+    for path in (published.path, published.path.parent, published.path.parent.parent):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o755
+
+
+def test_a_volume_of_another_user(model: Path, tmp_path: Path) -> None:
+    snapshot = read_directory(model)
+    with read_only_directory() as volume:
+        volume.chmod(0o755)
+        first = publish(volume, model)
+
+        def attempt() -> None:
+            there = DirectoryVolume(volume)
+            assert there.resolve("m") == first.path
+            assert [version.version for version in there.contents()] == [first.version]
+            with pytest.raises(WeightctlError, match="Permission denied") as caught:
+                there.publish(snapshot, "m", config=Config(), progress=Progress())
+            assert caught.value.hint
+            with pytest.raises(WeightctlError, match="cannot mark a version as in use"), there.use("m"):
+                pass
+
+        as_ordinary_user(attempt)
+        assert problems(volume) == ()
+
+
+def test_a_source_that_vanishes(volume: Path, model: Path) -> None:
+    snapshot = read_directory(model)
+    (model / "config.json").unlink()
+    with pytest.raises(WeightctlError, match=r"cannot read .*config.json: No such file"):
+        DirectoryVolume(volume).publish(snapshot, "m", config=Config(), progress=Progress())
+    assert os.listdir(volume) == [".weightctl"]
+
+
+# Reading.
+
+
+def test_what_is_latest_stays_until_reload(volume: Path, model: Path) -> None:
+    first = publish(volume, model)
+    reader = weightctl_package.Volume(str(volume))
+    assert reader.resolve("m") == first.path
+    models.flip_bit(model / "config.json")
+    second = publish(volume, model)
+    assert reader.resolve("m") == first.path
+    assert reader.versions("m") == sorted([first.version, second.version])
+    reader.reload()
+    assert reader.resolve("m") == second.path
+    assert reader.resolve("m", first.version) == first.path
+
+
+def test_a_process_that_uses_a_version_keeps_it(volume: Path, model: Path) -> None:
+    first = publish(volume, model)
+    code = (
+        "import sys, time, weightctl\n"
+        "with weightctl.Volume(sys.argv[1]).use('m') as path: print(path, flush=True); time.sleep(100)"
+    )
+    reader = subprocess.Popen([sys.executable, "-c", code, str(volume)], stdout=subprocess.PIPE, text=True)
+    assert reader.stdout
+    assert reader.stdout.readline() == f"{first.path}\n"
+    models.flip_bit(model / "config.json")
+    publish(volume, model)
+    (marked,) = [version for version in DirectoryVolume(volume).contents() if not version.latest]
+    assert marked.readers == (f"{os.uname().nodename}:{reader.pid}",)
+    assert prune(volume, keep=1) == []
+    assert first.path.is_dir()
+    reader.kill()
+    reader.communicate()
+    assert prune(volume, keep=1) == [first.version]
+    assert not first.path.exists()
+
+
+def test_a_memory_map_of_an_old_version_stays_right(volume: Path, model: Path) -> None:
+    first = publish(volume, model)
+    shard = first.path / "model-00001-of-00002.safetensors"
+    expected = shard.read_bytes()
+    with shard.open("rb") as stream, mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        models.flip_bit(model / "model-00001-of-00002.safetensors")
         publish(volume, model)
-    assert published.version in str(caught.value.hint)
+        assert mapped[:] == expected
+        assert prune(volume, keep=1) == [first.version]
+        assert not shard.exists()
+        assert mapped[:] == expected
+    assert problems(volume) == ()
+
+
+# Pruning.
+
+
+def test_prune_keeps_the_newest_and_the_latest(volume: Path, model: Path) -> None:
+    versions = []
+    for number in range(4):
+        (model / "config.json").write_text(f"{number}")
+        versions.append(publish(volume, model).version)
+    (model / "config.json").write_text("0")
+    publish(volume, model)  # the oldest is the latest again
+    listed = [version.version for version in DirectoryVolume(volume).contents()]
+    assert listed == [versions[0], versions[3], versions[2], versions[1]]
+    before = models.state(volume / "m")
+    assert prune(volume, keep=3, dry_run=True) == [versions[1]]
+    assert models.state(volume / "m") == before
+    assert prune(volume) == []
+    assert prune(volume, keep=3, older_than=3600) == []
+    assert prune(volume, keep=3) == [versions[1]]
+    assert prune(volume, older_than=0) == [versions[3], versions[2]]
+    assert sorted(os.listdir(volume / "m")) == sorted([versions[0], "latest"])
+    assert problems(volume) == ()
+    assert staged(volume) == []
+
+
+def test_prune_tells_what_it_frees(volume: Path, model: Path) -> None:
+    publish(volume, model)
+    (model / "config.json").write_text("changed")
+    publish(volume, model)
+    done = DirectoryVolume(volume).prune(keep=1, dry_run=True, progress=Progress())
+    assert done.freed_bytes == len('{"seed": 0}')
+    assert DirectoryVolume(volume).prune(keep=1, progress=Progress()).freed_bytes == done.freed_bytes
+
+
+def test_prune_sweeps_dead_pushes_and_leaves_living_ones(volume: Path, tmp_path: Path) -> None:
+    pushes = []
+    for name in ("dead", "living"):
+        (tmp_path / name).mkdir()
+        with (tmp_path / name / "model.bin").open("wb") as stream:
+            stream.truncate(4 << 30)
+        pushes.append(start("push-volume", tmp_path / name, volume))
+        models.wait_for(lambda: len(list((volume / ".weightctl" / "staging").glob("*/files/*"))) == len(pushes))
+    pushes[0].kill()
+    pushes[0].communicate()
+    assert DirectoryVolume(volume).prune(progress=Progress()).leftovers == 1
+    (left,) = (path for path in (volume / ".weightctl" / "staging").iterdir() if path.is_dir())
+    assert left.name.startswith("living@")
+    pushes[1].kill()
+    pushes[1].communicate()
+    assert DirectoryVolume(volume).prune(dry_run=True, progress=Progress()).leftovers == 1
+    assert DirectoryVolume(volume).prune(progress=Progress()).leftovers == 1
+    assert staged(volume) == []
 
 
 def test_a_link_among_the_published_files_is_a_problem(volume: Path, model: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import typer
 import typer.core
 
 import weightctl
-from weightctl.cli import backends, bake, bench, config, pull, push_volume, serialize, ui, verify
+from weightctl.cli import backends, bake, bench, config, prune, pull, push_volume, serialize, ui, verify, volumes
 from weightctl.errors import WeightctlError
 
 HELP = {"-h", "--help"}
@@ -67,6 +67,8 @@ app.command()(pull.pull)
 app.command()(serialize.serialize)
 app.command()(bake.bake)
 app.command()(push_volume.push_volume)
+app.command()(volumes.volumes)
+app.command()(prune.prune)
 app.command()(bench.bench)
 app.command()(verify.verify)
 app.command()(backends.backends)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from weightctl.errors import UsageError
 
 Model = Annotated[
     str,
@@ -36,3 +39,23 @@ CacheDir = Annotated[
         metavar="DIR", help="Where Hub snapshots are kept [default: the Hub library's cache].", show_default=False
     ),
 ]
+VolumePath = Annotated[Path, typer.Argument(metavar="VOLUME", help="The directory where the volume is mounted.")]
+Keep = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="Remove all but the newest N versions of a model; the latest is one.",
+        show_default=False,
+    ),
+]
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+def duration(text: str) -> float:
+    """`90s`, `30m`, `12h`, `7d` or `4w` in seconds. Raises UsageError for anything else."""
+    found = re.fullmatch(r"(\d{1,9})([smhdw])", text, re.ASCII)
+    if not found:
+        raise UsageError(f"not a duration: {text!r}", "write a number and a unit: 90s, 30m, 12h, 7d or 4w")
+    return float(found[1]) * _SECONDS[found[2]]

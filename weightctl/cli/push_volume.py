@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,7 +12,7 @@ from weightctl.config import Config
 
 def push_volume(
     model: options.Model,
-    volume: Annotated[Path, typer.Argument(metavar="VOLUME", help="The directory where the volume is mounted.")],
+    volume: options.VolumePath,
     name: Annotated[
         str | None,
         typer.Option(metavar="ORG/NAME", help="The model's name there [default: its own].", show_default=False),
@@ -21,6 +20,13 @@ def push_volume(
     revision: options.Revision = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
+    keep: options.Keep = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read a version that is there already, and mend what is damaged of it.")
+    ] = False,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Download a Hub model to the volume itself, past the Hub's cache.")
+    ] = False,
     workers: options.Workers = None,
     cache_dir: options.CacheDir = None,
     dry_run: options.DryRun = False,
@@ -43,7 +49,10 @@ def push_volume(
             )
             todo += f"; {ui.size(plan.missing_bytes)} to fetch first" if plan.missing_bytes else ""
             return ui.show_plan(plan, json, volume / plan.name, f"{plan.name}: {todo}")
-        result = run(model, volume, name=name, revision=revision, **wanted, config=config, progress=progress)
+        result = run(
+            model, volume, name=name, revision=revision, **wanted, keep=keep, verify=verify, no_cache=no_cache,
+            config=config, progress=progress,
+        )  # fmt: skip
     copied = f"{ui.size(result.copied_bytes)} copied and verified" if result.copied_bytes else "nothing to copy"
     what = f"{result.name}@{result.version}: {ui.count(result.files, 'file')}, {ui.size(result.bytes)}"
     done = f"{what}, {copied} in {ui.seconds(result.seconds)}"

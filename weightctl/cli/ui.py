@@ -64,7 +64,8 @@ def _show(result: object, as_json: bool, answer: object, label: str, summary: st
         show_json(result)
     else:
         _print_stderr(label, "bold green", summary)
-        print(answer)
+        if answer is not None:
+            print(answer)
 
 
 def show(text: str) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from weightctl.config import Config
 from weightctl.model import check_name
@@ -52,20 +53,38 @@ def push_volume(
     revision: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    keep: int | None = None,
+    verify: bool = False,
+    no_cache: bool = False,
     config: Config,
     progress: Progress,
 ) -> PushResult:
     """Copy `model` to `volume` as a version of `name` (its own name unless given) and make that the latest.
 
-    Every file is hashed while it is copied and compared with what its source says of it.
+    Every file is hashed while it is copied and compared with what its source says of it. With `verify` a version that
+    is there already is read. With `no_cache` what is missing of a Hub model is downloaded to the volume itself. Of the
+    model's versions, only the newest `keep` and those in use remain.
     """
     began = time.monotonic()
     target = volumes.get("directory")(volume)
-    snapshot = resolve.resolve(
-        model, revision=revision, include=include, exclude=exclude, verify=False, config=config, progress=progress
-    )
-    name = check_name(name or snapshot.name)
-    published = target.publish(snapshot, name, config=config, progress=progress)
+    wanted: dict[str, Any] = {"revision": revision, "include": include, "exclude": exclude}
+    wanted |= {"config": config, "progress": progress}
+    found = resolve.plan(model, **wanted)
+    name = check_name(name or found.snapshot.name)
+    if no_cache and found.missing:
+        with target.downloads(name, progress=progress) as downloads:
+            found = resolve.plan(model, to=downloads, **wanted)
+            target.seed(found.snapshot, downloads, config=config, progress=progress)
+            snapshot = resolve.fetch(found, verify=True, config=config, progress=progress)
+            published = target.publish(
+                snapshot, name, verify=verify, downloads=downloads, config=config, progress=progress
+            )
+    else:
+        snapshot = resolve.fetch(found, verify=False, config=config, progress=progress)
+        published = target.publish(snapshot, name, verify=verify, config=config, progress=progress)
+    if keep is not None:
+        for version in target.prune(name=name, keep=keep, progress=progress).removed:
+            progress.note(f"removed {version.name}@{version.version}")
     return PushResult(
         volume=volume.absolute(),
         name=name,

@@ -1,6 +1,6 @@
 """Where a volume lives."""
 
-from weightctl.volumes.base import Published, Volume, volumes
+from weightctl.volumes.base import Pruned, Published, Version, Volume, volumes
 from weightctl.volumes.directory import DirectoryVolume
 
-__all__ = ["DirectoryVolume", "Published", "Volume", "volumes"]
+__all__ = ["DirectoryVolume", "Pruned", "Published", "Version", "Volume", "volumes"]

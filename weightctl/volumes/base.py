@@ -86,6 +86,10 @@ class Volume(Backend, ABC):
         """A directory on the volume to download `name` into, so that `publish` need not copy it. Gone afterwards."""
 
     @abstractmethod
+    def seed(self, snapshot: Snapshot, downloads: Path, *, config: Config, progress: Progress) -> None:
+        """Put into `downloads` what the volume has of the snapshot already, every byte of it read."""
+
+    @abstractmethod
     def find(self, snapshot: Snapshot, name: str) -> Path | None:
         """The path of the version that holds exactly `snapshot`, if there is one. Reads no weights.
 

@@ -207,4 +207,5 @@ def _write(descriptor: int, view: memoryview, offset: int) -> None:
         written += os.pwrite(descriptor, view[written:], offset + written)
     # Sends the dirty pages on their way now (nothing is dropped: none is clean yet), so that the disk writes while we
     # hash, and the sync at the end finds little left to do.
-    os.posix_fadvise(descriptor, offset, len(view), os.POSIX_FADV_DONTNEED)
+    if len(view) == BLOCK_BYTES:
+        os.posix_fadvise(descriptor, offset, len(view), os.POSIX_FADV_DONTNEED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import stat
 from collections.abc import Iterator, Sequence
@@ -83,19 +84,11 @@ class Manifests:
             content = json.dumps({"name": name, "version": version, "files": entries})
             storage.write_all(stream)(memoryview(content.encode()))
 
-    def shelf(self) -> dict[str, list[PublishedFile]]:
-        """SHA-256 → the files in the volume that were published with it. A damaged manifest offers none."""
-        found: dict[str, list[PublishedFile]] = {}
-        for published in self._all():
-            found.setdefault(str(published.file.sha256), []).append(published)
-        return found
-
-    def _all(self) -> Iterator[PublishedFile]:
+    def files(self) -> Iterator[PublishedFile]:
+        """Everything that is published in the volume. A damaged manifest offers nothing."""
         for name, version in self.versions():
-            try:
+            with contextlib.suppress(IntegrityError):
                 yield from self.read(name, version)
-            except IntegrityError:
-                continue
 
 
 def has_size(path: Path, size: int) -> bool:

@@ -1,0 +1,29 @@
+"""`weightctl volumes`."""
+
+from __future__ import annotations
+
+import time
+
+from weightctl.cli import options, ui
+
+
+def volumes(volume: options.VolumePath, json: options.Json = False) -> None:
+    """List the models in a volume, their versions, and who is reading them."""
+    from weightctl.operations.volumes import volumes as run
+
+    result = run(volume)
+    if json:
+        return ui.show_json(result)
+    rows = [
+        (
+            version.name,
+            version.version,
+            "latest" if version.latest else "",
+            str(version.files),
+            ui.size(version.bytes),
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(version.published)),
+            " ".join(version.readers),
+        )
+        for version in result.versions
+    ]
+    return ui.show_table(("name", "version", "", "files", "size", "pushed", "readers"), rows)
