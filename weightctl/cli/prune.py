@@ -19,7 +19,7 @@ def prune(
     dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
-    """Remove old versions from a volume, and what dead pushes left.
+    """Remove old versions from a volume.
 
     Never the latest version, and never one in use. With neither --keep nor --older-than only leftovers go; with both,
     a version has to be beyond the one and older than the other.

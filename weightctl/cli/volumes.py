@@ -8,7 +8,7 @@ from weightctl.cli import options, ui
 
 
 def volumes(volume: options.VolumePath, json: options.Json = False) -> None:
-    """List the models in a volume, their versions, and who is reading them."""
+    """List models, versions and readers of a volume."""
     from weightctl.operations.volumes import volumes as run
 
     result = run(volume)
