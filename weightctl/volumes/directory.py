@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from weightctl import storage
 from weightctl.config import Config
@@ -25,6 +25,7 @@ from weightctl.progress import Progress, Task
 from weightctl.volumes import leases
 from weightctl.volumes.base import Pruned, Published, Version, Volume, volumes
 from weightctl.volumes.copying import copy_files
+from weightctl.volumes.gathering import gather, link, make_places
 from weightctl.volumes.manifests import Manifests, has_size
 from weightctl.volumes.staging import Staging
 
@@ -86,7 +87,11 @@ class DirectoryVolume(Volume):
                     path = self._place(snapshot, name)
                     there = path if path and path.is_dir() else None
                     missing = self._damaged(snapshot, there, verify, config, progress) if there else snapshot.files
-                    staged, copied = self._stage(missing, staging, verify, config, progress) if missing else ([], 0)
+                    staged, copied = (
+                        gather(missing, staging, self._manifests, verify=verify, config=config, progress=progress)
+                        if missing
+                        else ([], 0)
+                    )
                     new = {file.path: file for file in staged}
                     whole = snapshot.replace_files([new.get(file.path, file) for file in snapshot.files])
                     with self._naming(name):
@@ -126,9 +131,9 @@ class DirectoryVolume(Volume):
             actual, bad = check_files(offers, config.workers, DigestCache(), progress)
             damaged = {file.source for file in bad}
             found = {file.path: file for file in actual if file.source not in damaged}
-            _make_places(list(found.values()), downloads)
+            make_places(list(found.values()), downloads)
             places = [(file, downloads / file.path) for file in found.values()]
-            copy_files([(file, path) for file, path in places if not _link(file.source, path)], config.workers, Task())
+            copy_files([(file, path) for file, path in places if not link(file.source, path)], config.workers, Task())
 
     def _identified(self, snapshot: Snapshot, config: Config, progress: Progress) -> Snapshot:
         """SHA-256 where it is remembered, and where reading a file first may save writing it."""
@@ -164,50 +169,6 @@ class DirectoryVolume(Volume):
         _, bad = check_files(there, config.workers, None if verify else DigestCache(), progress)
         sound = proven | {file.path for file in there} - {file.path for file in bad}
         return [file for file in snapshot.files if file.path not in sound]
-
-    def _stage(
-        self, files: Sequence[File], staging: Path, verify: bool, config: Config, progress: Progress
-    ) -> tuple[list[File], int]:
-        """Bring the files to `staging`, durably: linked to what the volume has, or copied.
-
-        Returns them with their hashes, and how many bytes came from the model's source.
-        """
-        _make_places(files, staging)
-        offers = self._offers(files, verify, config, progress)
-        here = [file for file in files if _is_same(file.source, staging / file.path)]
-        done = list(here)
-        orders: list[tuple[File, Path]] = []
-        for file in (file for file in files if file not in here):
-            offer, destination = offers.get(file.sha256), staging / file.path
-            if offer and _link(offer, destination):
-                done.append(file)
-            else:
-                orders.append((dataclasses.replace(file, source=offer or file.source), destination))
-        storage.check_space(staging, sum(max(0, file.size - _allocated(path)) for file, path in orders))
-        with progress.task("pushing", sum(file.size for file in files)) as task:
-            task.advance(sum(file.size for file in done))
-            copied = copy_files(orders, config.workers, task)
-        for file in here:
-            (staging / file.path).chmod(0o644)
-        DigestCache().put_all("sha256", [(copy.file.source, copy.seen, str(copy.file.sha256)) for copy in copied])
-        directories = _tidy(staging, {staging / file.path for file in files})
-        written = [staging / file.path for file in here] + [path for _, path in orders]
-        storage.sync_files([*written, *directories], config.workers)
-        given = set(offers.values())
-        fresh = [copy.file.size - copy.kept_bytes for copy in copied if copy.file.source not in given]
-        fresh += [file.size for file in here if (staging / file.path).stat().st_nlink == 1]
-        return [*done, *(copy.file for copy in copied)], sum(fresh)
-
-    def _offers(
-        self, files: Sequence[File], verify: bool, config: Config, progress: Progress
-    ) -> dict[str | None, Path]:
-        """SHA-256 → a file in the volume that has it: proven by size and time, or by reading it."""
-        wanted = {file.sha256 for file in files if file.sha256 and file.size}
-        there = [entry for entry in self._manifests.files() if entry.file.sha256 in wanted and entry.is_there]
-        proven = {entry.file.sha256: entry.file.source for entry in there if entry.is_proven and not verify}
-        unproven = [entry.file for entry in there if entry.file.sha256 not in proven]
-        actual, _ = check_files(unproven, config.workers, None if verify else DigestCache(), progress)
-        return {file.sha256: file.source for file in actual if file.sha256 in wanted} | proven
 
     def _publish(
         self, snapshot: Snapshot, name: str, staged: Sequence[File], staging: Path, there: Path | None, scratch: Path
@@ -439,53 +400,6 @@ def _with_remembered_digests(snapshot: Snapshot) -> Snapshot:
     return snapshot.replace_files(
         [dataclasses.replace(file, sha256=file.sha256 or known.get(file.source)) for file in snapshot.files]
     )
-
-
-def _link(existing: Path, destination: Path) -> bool:
-    """Give the file a second name, or return False where that does not work."""
-    try:
-        if _is_same(existing, destination):
-            return True
-        destination.unlink(missing_ok=True)
-        destination.hardlink_to(existing)
-    except OSError:  # no links here, too many of them, or not to another user's file: copying will do
-        return False
-    return True
-
-
-def _make_places(files: Sequence[File], staging: Path) -> None:
-    """Create `staging` and the directories of the files in it, but nothing above: if that is gone, so is the mount."""
-    parents = {PurePosixPath(".")}.union(*(PurePosixPath(file.path).parents for file in files))
-    for parent in sorted(parents):
-        (staging / parent).mkdir(exist_ok=True)
-
-
-def _is_same(one: Path, other: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return one.samefile(other)
-    return False
-
-
-def _allocated(path: Path) -> int:
-    try:
-        return path.lstat().st_blocks * 512
-    except FileNotFoundError:
-        return 0
-
-
-def _tidy(staging: Path, wanted: set[Path]) -> list[Path]:
-    """Remove what does not belong into the version, and open its directories to every reader."""
-    directories = []
-    for parent, _, names in os.walk(staging, topdown=False):
-        directory = Path(parent)
-        for stray in {directory / name for name in names} - wanted:
-            stray.unlink()
-        if directory == staging or any(directory in path.parents for path in wanted):
-            directory.chmod(0o755)
-            directories.append(directory)
-        else:
-            directory.rmdir()
-    return directories
 
 
 def _files_in(path: Path) -> list[os.stat_result]:
