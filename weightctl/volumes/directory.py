@@ -87,10 +87,8 @@ class DirectoryVolume(Volume):
                     path = self._place(snapshot, name)
                     there = path if path and path.is_dir() else None
                     missing = self._damaged(snapshot, there, verify, config, progress) if there else snapshot.files
-                    staged, copied = (
-                        gather(missing, staging, self._manifests, verify=verify, config=config, progress=progress)
-                        if missing
-                        else ([], 0)
+                    staged, copied = gather(
+                        missing, staging, self._manifests, verify=verify, config=config, progress=progress
                     )
                     new = {file.path: file for file in staged}
                     whole = snapshot.replace_files([new.get(file.path, file) for file in snapshot.files])
