@@ -103,7 +103,7 @@ def test_a_cut_costs_the_one_blob_again(proxy: ChaosProxy, name: str, model: Pat
     proxy.fault("PATCH", "", skip=CHUNKS - 3, cut_after=300_000)
     bake(model, name)
     sent = proxy.body_bytes["PATCH"]
-    assert 2 * SHARD + MIB < sent < 3 * SHARD + 2 * MIB
+    assert 2 * SHARD < sent < 3 * SHARD + 2 * MIB
     assert_arrived(name, model, proxy)
 
 
@@ -231,7 +231,10 @@ def test_interrupted_it_ends_the_chunk_and_sends_nothing_twice(proxy: ChaosProxy
 def test_two_bakes_at_once(proxy: ChaosProxy, big: Path) -> None:
     command = ("bake", big, "--to", "registry", "--tag", f"{proxy.host}/two/at/once:v1")
     processes = [start(*command) for _ in range(2)]
-    digests = {process.communicate()[0] for process in processes}
-    assert [process.returncode for process in processes] == [0, 0]
-    assert len(digests) == 1
+    outputs = [process.communicate() for process in processes]
+    done = {digest for process, (digest, _) in zip(processes, outputs, strict=True) if process.returncode == 0}
+    assert len(done) == 1, outputs  # docker-registry may refuse one of two that end the same upload at one moment
+    again = weightctl(*command)
+    assert again.code == 0, again.stderr
+    assert {again.stdout} == done
     assert check(f"{proxy.host}/two/at/once:v1", big) == ()
