@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, BinaryIO
@@ -70,19 +69,3 @@ def base_image(
 def platform_of(base: BaseImage) -> str:
     """What a base says it is for."""
     return _platform(base.config) or "linux/amd64"
-
-
-def with_oci_types(base: BaseImage) -> BaseImage:
-    """The same, its layers under OCI's media types instead of Docker's: the bytes are the same."""
-    types = {
-        "application/vnd.docker.image.rootfs.diff.tar.gzip": "application/vnd.oci.image.layer.v1.tar+gzip",
-        "application/vnd.docker.image.rootfs.diff.tar": "application/vnd.oci.image.layer.v1.tar",
-    }
-    layers = tuple(
-        WrittenLayer(
-            dataclasses.replace(layer.blob, media_type=types.get(layer.blob.media_type, layer.blob.media_type)),
-            layer.diff_id,
-        )
-        for layer in base.layers
-    )
-    return dataclasses.replace(base, layers=layers)
