@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weightctl.checkpoint import TensorEntry
 from weightctl.loaders.safetensors import described
+from weightctl.model import File
 
 if TYPE_CHECKING:
     import torch
@@ -85,6 +87,79 @@ class Shard:
     """Ordered by offset."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """What is wanted of a tensor."""
+
+    shape: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+    """The first element and how many, in the tensor's own order: they follow one another at its place."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Bytes of a file, and where they go."""
+
+    offset: int
+    nbytes: int
+    place: int
+    cast: Cast | None
+
+    def within(self, first: int, last: int) -> Run | None:
+        """What of it goes to the places from `first` to before `last`, neither of which divides an element."""
+        source, target = (self.cast.source.itemsize, self.cast.target.itemsize) if self.cast else (1, 1)
+        first, last = max(first, self.place), min(last, self.place + self.nbytes // source * target)
+        if first >= last:
+            return None
+        skipped = (first - self.place) // target * source
+        return Run(self.offset + skipped, (last - first) // target * source, first, self.cast)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where one file's tensors lie in their shard's buffer, and what goes there."""
+
+    file: File
+    nbytes: int
+    """Of the buffer: a multiple of ALIGNMENT."""
+    tensors: tuple[Placed, ...]
+    runs: tuple[Run, ...]
+
+    def shard(self, blocks: Iterable[Block] = ()) -> Shard:
+        """The shard, brought by `blocks`."""
+        return Shard(self.file.source, self.file.size, self.nbytes, self.tensors, tuple(blocks))
+
+
+def lay_out(
+    entries: Iterable[TensorEntry],
+    dtypes: Mapping[str, torch.dtype] | None = None,
+    parts: Mapping[str, Part] | None = None,
+) -> list[Layout]:
+    """Find a place for each of `entries` (ordered by file, then by offset), or for that of it which `parts` names.
+
+    Tensors that follow one another in the file do so in the buffer, so that one copy brings many, except where the
+    next place would be misaligned. Raises UsageError for a dtype that torch has not.
+    """
+    layouts = []
+    for file, group in itertools.groupby(entries, key=lambda entry: entry.file):
+        tensors, runs, end = [], [], 0
+        for entry in group:
+            tensor = described(entry)
+            cast = Cast(tensor.dtype, dtypes[entry.name]) if dtypes and entry.name in dtypes else None
+            dtype = cast.target if cast else tensor.dtype
+            part = parts[entry.name] if parts else Part(tensor.shape, ((0, math.prod(tensor.shape)),))
+            end += -end % ALIGNMENT
+            tensors.append(Placed(entry.name, dtype, part.shape, end, math.prod(part.shape) * dtype.itemsize))
+            place = end
+            for first, count in part.spans:
+                offset = entry.offset + first * tensor.dtype.itemsize
+                runs.append(Run(offset, count * tensor.dtype.itemsize, place, cast))
+                place += count * dtype.itemsize
+            end += tensors[-1].nbytes
+        layouts.append(Layout(file, end + -end % ALIGNMENT, tuple(tensors), tuple(runs)))
+    return layouts
+
+
 def plan(
     entries: Sequence[TensorEntry],
     block_bytes: int,
@@ -94,38 +169,14 @@ def plan(
     """How to load `entries` (ordered by file, then by offset), or those called `names`, in blocks of up to
     `block_bytes` (a multiple of PAGE_BYTES, two at least), with the tensors named in `dtypes` converted.
 
-    Tensors that follow one another in the file do so in the buffer, so that one copy brings many, except where the
-    next place would be misaligned. Raises UsageError for a dtype that torch has not.
+    Raises UsageError for a dtype that torch has not.
     """
     wanted = [entry for entry in entries if names is None or entry.name in names]
-    shards = []
-    for file, group in itertools.groupby(wanted, key=lambda entry: entry.file):
-        tensors, runs, end = [], [], 0
-        for entry in group:
-            tensor = described(entry)
-            cast = Cast(tensor.dtype, dtypes[entry.name]) if dtypes and entry.name in dtypes else None
-            dtype = cast.target if cast else tensor.dtype
-            nbytes = tensor.nbytes // tensor.dtype.itemsize * dtype.itemsize
-            end += -end % ALIGNMENT
-            tensors.append(Placed(entry.name, dtype, tensor.shape, end, nbytes))
-            runs.append(_Run(entry.offset, entry.nbytes, end, cast))
-            end += nbytes
-        blocks = tuple(_blocks(runs, block_bytes))
-        shards.append(Shard(file.source, file.size, end + -end % ALIGNMENT, tuple(tensors), blocks))
-    return shards
+    return [layout.shard(blocks_of(layout.runs, block_bytes)) for layout in lay_out(wanted, dtypes)]
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One tensor's bytes: where they are in the file, and where they go."""
-
-    offset: int
-    nbytes: int
-    place: int
-    cast: Cast | None
-
-
-def _blocks(runs: Sequence[_Run], block_bytes: int) -> Iterator[Block]:
+def blocks_of(runs: Iterable[Run], block_bytes: int) -> Iterator[Block]:
+    """The blocks that bring `runs` (ordered by offset), each of up to `block_bytes`."""
     pieces: list[Piece] = []
     first = end = 0  # of the block that is being filled, in the file
     for run in runs:
