@@ -28,14 +28,14 @@ SETTLE_SECONDS = 2.5
 """Of a file that was written a moment ago nothing is remembered; to bake twice within seconds is not the case here."""
 
 
-def make_model(directory: Path, size: int) -> None:
-    """`size` bytes of random bf16 in four safetensors shards."""
+def make_model(directory: Path, size: int, shards: int = SHARDS) -> None:
+    """`size` bytes of random bf16 in so many safetensors shards."""
     directory.mkdir()
-    shard_bytes = size // SHARDS
-    for shard in range(SHARDS):
+    shard_bytes = size // shards
+    for shard in range(shards):
         entry = {"dtype": "BF16", "shape": [shard_bytes // 2], "data_offsets": [0, shard_bytes]}
         header = json.dumps({f"layer.{shard}.weight": entry}).encode()
-        with (directory / f"model-{shard + 1:05}-of-{SHARDS:05}.safetensors").open("wb") as stream:
+        with (directory / f"model-{shard + 1:05}-of-{shards:05}.safetensors").open("wb") as stream:
             stream.write(len(header).to_bytes(8, "little") + header)
             for _ in range(shard_bytes // BLOCK_BYTES):
                 stream.write(os.urandom(BLOCK_BYTES))
