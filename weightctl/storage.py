@@ -108,7 +108,7 @@ def pause(seconds: float) -> None:
     over = getattr(_thread, "over", None)
     if over is None:
         time.sleep(seconds)
-    elif over.wait(seconds):
+    elif over.is_set() or (seconds and over.wait(seconds)):
         raise _AbandonedError
 
 
