@@ -1,12 +1,10 @@
-"""transformers: from_pretrained as a strategy, and a model around tensors that another strategy loaded."""
+"""transformers: from_pretrained as a strategy, and what every use of the library needs."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import itertools
 import json
-import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -46,7 +44,7 @@ class TransformersLoader(Loader):
         """Import the model's own module, which transformers does at first use."""
         importlib.import_module("accelerate")
 
-        _config_and_class(snapshot)
+        config_and_class(snapshot)
 
     def load(self, snapshot: Snapshot, device: str) -> dict[str, torch.Tensor]:
         """Under transformers' names; tied tensors are one tensor under several names."""
@@ -54,16 +52,16 @@ class TransformersLoader(Loader):
         tensors: dict[str, torch.Tensor] = self._model.state_dict()
         return tensors
 
-    def load_model(self, snapshot: Snapshot, device: str, dtype: str) -> torch.nn.Module:
+    def load_model(self, snapshot: Snapshot, device: str, dtype: str | torch.dtype) -> torch.nn.Module:
         """The model, in eval mode. Raises WeightctlError, listing them, for keys that are missing or do not fit."""
         open_stored(snapshot)  # checks the headers before a library believes them
-        _, cls = _config_and_class(snapshot)
-        with _translated_errors(snapshot):
+        _, cls = config_and_class(snapshot)
+        with translated_errors(snapshot):
             model, info = cls.from_pretrained(
                 snapshot.root, local_files_only=True, trust_remote_code=False, weights_only=True, dtype=dtype,
                 device_map={"": device}, ignore_mismatched_sizes=True, output_loading_info=True,
             )  # fmt: skip
-        _check(snapshot, info)
+        check_keys(snapshot, info)
         return model.eval()  # type: ignore[no-any-return]
 
     def as_stored(self, tensors: dict[str, torch.Tensor], snapshot: Snapshot) -> dict[str, torch.Tensor]:
@@ -87,70 +85,6 @@ class TransformersLoader(Loader):
         }
 
 
-def build_model(snapshot: Snapshot, tensors: dict[str, torch.Tensor], device: str, dtype: str) -> torch.nn.Module:
-    """A transformers model in eval mode around `tensors`, which are used as they are where dtype and device fit.
-
-    Raises WeightctlError, listing them, for keys that are missing, unexpected or do not fit.
-    """
-    config, cls = _config_and_class(snapshot)
-    with _translated_errors(snapshot):
-        model, info = cls.from_pretrained(
-            None,
-            config=config,
-            state_dict=tensors,
-            dtype=dtype,
-            device_map={"": device},
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-        _check(snapshot, info)
-        model.name_or_path = model.config.name_or_path = str(snapshot.root)
-        if model.can_generate() and snapshot.file("generation_config.json"):
-            from transformers import GenerationConfig
-
-            model.generation_config = GenerationConfig.from_pretrained(snapshot.root, local_files_only=True)
-    return model.eval()  # type: ignore[no-any-return]
-
-
-def converted_dtypes(snapshot: Snapshot, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Name → dtype of every tensor that `from_pretrained(dtype=…)` would convert.
-
-    Those are the floating tensors of 16 bits and more, except what the model's class creates in, or keeps in, a dtype
-    of its own (rotary frequencies, layers that need float32). Without transformers or a config.json only tensors
-    named inv_freq are kept. Raises UsageError for a quantized model.
-    """
-    if read_config(snapshot).get("quantization_config"):
-        raise UsageError(f"{snapshot.name} is quantized: its tensors have the dtypes they need", "leave out --dtype")
-    stored = open_stored(snapshot)
-    names = {entry.name for entry in stored.entries}
-    own: Mapping[str, torch.dtype] = {}
-    if snapshot.file("config.json") and TransformersLoader.unavailable() is None:
-        own = _own_dtypes(snapshot, names, dtype)
-    found = {}
-    for entry in stored.entries:
-        if entry.dtype.is_floating_point and entry.dtype.itemsize >= 2:
-            wanted = own.get(entry.name, entry.dtype if entry.name.endswith("inv_freq") else dtype)
-            if wanted != entry.dtype:
-                found[entry.name] = wanted
-    return found
-
-
-def _own_dtypes(snapshot: Snapshot, names: set[str], dtype: torch.dtype) -> dict[str, torch.dtype]:
-    import torch
-
-    config, cls = _config_and_class(snapshot)
-    with _translated_errors(snapshot), torch.device("meta"):
-        model = cls._from_config(config, dtype=dtype)
-    found = {}
-    plan = model._get_dtype_plan(dtype)  # what the class keeps in float32: no public name tells
-    for name, tensor in itertools.chain(
-        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
-    ):
-        kept = (kept for pattern, kept in plan.items() if re.search(pattern.replace("*", r"\w+"), name))
-        found[_name_in(name, names, model.base_model_prefix)] = next(kept, tensor.dtype)
-    return found
-
-
 def read_config(snapshot: Snapshot) -> dict[str, Any]:
     """config.json; empty if there is none. Raises UsageError if it is no JSON object."""
     file = snapshot.file("config.json")
@@ -167,14 +101,14 @@ def read_config(snapshot: Snapshot) -> dict[str, Any]:
     return config
 
 
-def _config_and_class(snapshot: Snapshot) -> tuple[Any, Any]:
+def config_and_class(snapshot: Snapshot) -> tuple[Any, Any]:
     """The model's configuration, and the class that its `architectures` names, or else AutoModel's choice."""
     import transformers
 
     names = read_config(snapshot).get("architectures") or [None]
     if snapshot.file("config.json") is None:
         raise UsageError(f"{snapshot.name} has no config.json", "weightctl.load gives the tensors without a model")
-    with _translated_errors(snapshot):
+    with translated_errors(snapshot):
         config = transformers.AutoConfig.from_pretrained(snapshot.root, local_files_only=True, trust_remote_code=False)
         cls = getattr(transformers, str(names[0]), None)
         if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
@@ -183,7 +117,7 @@ def _config_and_class(snapshot: Snapshot) -> tuple[Any, Any]:
 
 
 @contextlib.contextmanager
-def _translated_errors(snapshot: Snapshot) -> Iterator[None]:
+def translated_errors(snapshot: Snapshot) -> Iterator[None]:
     """What transformers raises over a model that it cannot load; a damaged file is found before it sees it."""
     import torch
     from transformers.utils import logging
@@ -212,7 +146,8 @@ def _translated_errors(snapshot: Snapshot) -> Iterator[None]:
 _KINDS_OF_KEYS = {"missing": "missing_keys", "unexpected": "unexpected_keys", "of another shape": "mismatched_keys"}
 
 
-def _check(snapshot: Snapshot, info: Mapping[str, Any]) -> None:
+def check_keys(snapshot: Snapshot, info: Mapping[str, Any]) -> None:
+    """Raise WeightctlError, listing them, for keys that are missing, unexpected or do not fit."""
     problems = [
         f"{kind}: {listed(str(key[0] if isinstance(key, tuple) else key) for key in info[field])}"
         for kind, field in _KINDS_OF_KEYS.items()

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING
 from weightctl.config import Config
 from weightctl.errors import UsageError
 from weightctl.loaders import Loader, choose_device, choose_loader, open_stored
+from weightctl.loaders.models import build_model, converted_dtypes
 from weightctl.loaders.modules import fill_module
-from weightctl.loaders.transformers import TransformersLoader, build_model, converted_dtypes
+from weightctl.loaders.shared import Wanted, load_together
+from weightctl.loaders.slices import Plan
+from weightctl.loaders.transformers import TransformersLoader
 from weightctl.model import Snapshot, matches
 from weightctl.operations.resolve import resolve
 from weightctl.operations.serialize import parse_dtype
@@ -19,6 +22,7 @@ from weightctl.progress import Progress
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
 
 
 def load(
@@ -27,7 +31,9 @@ def load(
     strategy: str = "auto",
     *,
     tensors: Sequence[str] = (),
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    process_group: ProcessGroup | None = None,
+    plan: Plan | None = None,
     revision: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -41,8 +47,25 @@ def load(
     `dtype` (`bfloat16`) converts the floating tensors that `from_pretrained` would convert; `pipelined` reads only
     what is wanted, and converts on the device. Tied tensors share their memory, and several may be views of one
     allocation: clone what has to outlive the rest. On the CPU tensors may be views of the mapped files.
-    Raises UsageError for what cannot be, IntegrityError if the model's files are damaged.
+
+    With a `process_group` of torch.distributed (NCCL for CUDA, gloo for the CPU) every rank of it calls this, each with
+    a device of its own. Those of one host read every byte once between them, and exchange it. With a `plan` each has
+    its slices: glob over names of tensors or of their modules → the dimension to cut along as `torch.chunk` does
+    (`colwise` and `rowwise` as transformers means them); what no glob matches is whole. If one rank fails, all raise.
+
+    Raises UsageError for what cannot be, IntegrityError if the model's files are damaged, or differ between ranks.
     """
+
+    def wanted() -> Wanted:
+        if strategy not in ("auto", "pipelined"):
+            raise UsageError(f"{strategy} does not load for a process group", "take strategy auto, or no process_group")
+        snapshot, _, chosen = _chosen(model, device, "pipelined", revision, include, exclude, progress)
+        return Wanted(snapshot, chosen, _names(snapshot, tensors), _dtypes(snapshot, dtype))
+
+    if process_group is not None:
+        return load_together(process_group, device, wanted, plan)
+    if plan is not None:
+        raise UsageError("a plan is for the ranks of a process group, and there is none", "give process_group")
     snapshot, loader, device = _chosen(model, device, strategy, revision, include, exclude, progress)
     return loader.load_part(snapshot, device, _names(snapshot, tensors), _dtypes(snapshot, dtype))
 
@@ -74,7 +97,7 @@ def load_model(
     device: str = "auto",
     strategy: str = "auto",
     *,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     revision: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -82,14 +105,18 @@ def load_model(
 ) -> torch.nn.Module:
     """The transformers model that config.json describes, in eval mode on `device`, its weights brought by `strategy`.
 
-    Equal to what `from_pretrained` gives; `dtype` is its argument, and the rest is as for `load`. Raises
-    WeightctlError, listing them, for tensors that are missing, unexpected or of another shape.
+    Equal to what `from_pretrained` gives: `dtype` (`bfloat16`) is its argument, and `auto` what config.json says. The
+    parameters are the loaded tensors themselves, so that the device holds the model once; only what transformers
+    fuses (experts) is there twice for a moment, 1 GiB or a fiftieth of the model at a time. The rest is as for `load`.
+    Raises WeightctlError, listing them, for tensors that are missing, unexpected or of another shape.
     """
+    wanted = dtype if dtype == "auto" else parse_dtype(dtype)
+    assert wanted is not None
     snapshot, loader, device = _chosen(model, device, strategy, revision, include, exclude, progress)
     TransformersLoader.require()
     if isinstance(loader, TransformersLoader):
-        return loader.load_model(snapshot, device, dtype)
-    return build_model(snapshot, loader.load(snapshot, device), device, dtype)
+        return loader.load_model(snapshot, device, wanted)
+    return build_model(snapshot, loader, device, wanted)
 
 
 def _names(snapshot: Snapshot, globs: Sequence[str]) -> frozenset[str] | None:
@@ -104,7 +131,7 @@ def _names(snapshot: Snapshot, globs: Sequence[str]) -> frozenset[str] | None:
     return frozenset(name for name in there if matches(name, globs, ()))
 
 
-def _dtypes(snapshot: Snapshot, dtype: str | None) -> dict[str, torch.dtype] | None:
+def _dtypes(snapshot: Snapshot, dtype: str | torch.dtype | None) -> dict[str, torch.dtype] | None:
     wanted = parse_dtype(dtype)
     return None if wanted is None else converted_dtypes(snapshot, wanted)
 

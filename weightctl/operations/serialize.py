@@ -12,8 +12,8 @@ from weightctl import storage
 from weightctl.config import Config
 from weightctl.errors import IntegrityError, UsageError, translated_os_errors
 from weightctl.loaders import FormatLoader, loaders, open_stored, weight_files
+from weightctl.loaders.models import converted_dtypes
 from weightctl.loaders.stored import Stored, difference
-from weightctl.loaders.transformers import converted_dtypes
 from weightctl.model import File, Reference, Snapshot
 from weightctl.operations import resolve
 from weightctl.progress import Progress
@@ -133,10 +133,11 @@ def _home(format: str) -> FormatLoader:
     return loader
 
 
-def parse_dtype(name: str | None) -> torch.dtype | None:
-    """The floating dtype of that name. Raises UsageError if there is none."""
-    if name is None:
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The floating dtype of that name (`bfloat16`; or torch's own). Raises UsageError if there is none."""
+    if dtype is None:
         return None
+    name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise UsageError(f"cannot convert to {name!r}", f"known: {', '.join(DTYPES)}")
     import torch
