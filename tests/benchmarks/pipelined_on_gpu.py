@@ -346,47 +346,11 @@ def sweep(job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from weightctl.loaders.blocks import plan
-    from weightctl.loaders.lanes import CudaLane, PinnedSlab, Slab
+    from weightctl.loaders.lanes import CudaLane
     from weightctl.loaders.pipelined import Tuning, load_shards
     from weightctl.loaders.safetensors import own_checkpoint
     from weightctl.sources.directory import read_directory
 
-    class AllocatedSlab(PinnedSlab):
-        """cudaHostAlloc by torch."""
-
-        def __init__(self, nbytes: int) -> None:
-            self.tensor = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-            self.view = memoryview(self.tensor.numpy())
-            self._arrived = torch.cuda.Event(blocking=True)
-            self._pinned = False
-
-        def sending(self) -> None:
-            pass
-
-    class EagerSlab(PinnedSlab):
-        """Registered before the first read."""
-
-        def __init__(self, nbytes: int) -> None:
-            super().__init__(nbytes)
-            self.sending()
-
-    class SpinningSlab(PinnedSlab):
-        """Waits without going to sleep."""
-
-        def __init__(self, nbytes: int) -> None:
-            super().__init__(nbytes)
-            self._arrived = torch.cuda.Event()
-
-    class AllocatedLane(CudaLane):
-        slab: type[Slab] = AllocatedSlab
-
-    class EagerLane(CudaLane):
-        slab: type[Slab] = EagerSlab
-
-    class SpinningLane(CudaLane):
-        slab: type[Slab] = SpinningSlab
-
-    lanes = {"register": CudaLane, "alloc": AllocatedLane, "eager": EagerLane, "spin": SpinningLane}
     directory = Path(job["directory"])
     times: dict[str, list[float]] = {}
     expected = None
@@ -394,7 +358,7 @@ def sweep(job: dict[str, Any]) -> dict[str, Any]:
         for config in job["configs"]:
             if time.monotonic() - BEGAN > job["seconds"]:
                 break
-            kind, readers, block, slabs = config
+            readers, block, slabs = config
             torch.cuda.empty_cache()
             with contextlib.suppress(AttributeError):
                 torch._C._host_emptyCache()
@@ -402,14 +366,13 @@ def sweep(job: dict[str, Any]) -> dict[str, Any]:
             began = time.perf_counter()
             checkpoint = own_checkpoint(read_directory(directory))
             headers = time.perf_counter()
-            if kind == "default":
-                nbytes = sum(entry.nbytes for entry in checkpoint.tensors)
-                tuning, kind = Tuning.of(nbytes, 128 * MIB), "register"
-            else:
+            if readers:
                 tuning = Tuning(readers, int(block * MIB), slabs)
+            else:
+                tuning = Tuning.of(sum(entry.nbytes for entry in checkpoint.tensors), 128 * MIB)
             shards = plan(checkpoint.tensors, tuning.block_bytes)
             planned = time.perf_counter()
-            tensors = load_shards(shards, "cuda", lanes[kind], tuning)
+            tensors = load_shards(shards, "cuda", CudaLane, tuning)
             torch.cuda.synchronize()
             seconds = time.perf_counter() - began
             key = " ".join(map(str, config))
@@ -629,6 +592,9 @@ def describe(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+DEFAULT = (0, 0, 0)
+"""Readers, MiB a block and slabs: what the loader chooses."""
+
 CHILDREN: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     action.__name__: action for action in (make, one, ceilings, sweep, check, describe)
 }
@@ -756,7 +722,7 @@ def main() -> None:
             seconds=seconds,
         )  # fmt: skip
         print(
-            f"-- {model} on {root}: kind readers block_MiB slabs",
+            f"-- {model} on {root}: readers block_MiB slabs",
             "" if outcome["print"] == prints.get(model) else "BYTES?",
         )
         order = sorted(outcome["times"].items(), key=lambda item: statistics.median(item[1]))
@@ -767,13 +733,8 @@ def main() -> None:
                 show(name, *rates(times, sizes[model]))
 
     def phase_sweep() -> None:
-        grid = [["register", *c] for c in itertools.product((4, 8, 12, 16), (4, 8, 16), (2,))]
-        more = [
-            ["default", 0, 0, 0], ["register", 8, 2, 2], ["register", 16, 2, 2], ["register", 16, 1, 2],
-            ["register", 8, 8, 3], ["register", 8, 4, 4], ["register", 16, 4, 3],
-            *([kind, *c] for kind in ("alloc", "eager", "spin") for c in ((8, 8, 2), (16, 4, 2))),
-        ]  # fmt: skip
-        swept("disk", "15.8 GiB", more + grid, 3, 80)
+        configs = [*itertools.product((8, 12, 16), (2, 4, 8), (2,)), (12, 4, 1), (12, 4, 3)]
+        swept("disk", "15.8 GiB", [DEFAULT, *configs], 3, 60)
 
     def fresh(root: str, model: str, names: Sequence[str], rounds: int, cold: bool = False, raw: bool = False) -> None:
         paths = models_of(root, model)
@@ -816,8 +777,7 @@ def main() -> None:
                 print(f"raw read, {root}, {block} MiB blocks, GB/s by threads:", ", ".join(found), flush=True)
 
     def phase_memory() -> None:
-        configs = [["default", 0, 0, 0], *(["register", *c] for c in ((8, 8, 2), (12, 8, 2), (16, 4, 2), (16, 8, 2)))]
-        swept("memory", "15.8 GiB", configs, 3, 20)
+        swept("memory", "15.8 GiB", [DEFAULT, (8, 4, 2), (16, 4, 2)], 3, 20)
         fresh("memory", "15.8 GiB", ["pipelined", "safetensors", "instanttensor", "runai"], 2)
 
     def phase_cold() -> None:
@@ -827,10 +787,10 @@ def main() -> None:
         raw_read(models_of("disk", "15.8 GiB"), 8, 8 * MIB)
 
     def phase_small() -> None:
-        readers = ((4, 1, 2), (8, 1, 2), (8, 2, 2), (4, 4, 2), (8, 4, 2), (8, 8, 2), (16, 2, 2), (16, 4, 2))
+        readers = ((4, 1, 2), (8, 1, 2), (4, 2, 2), (8, 2, 2), (4, 4, 2), (8, 4, 2), (12, 2, 2), (16, 4, 2))
         for model in ("1 GiB", "91 MB"):
             raw_read(models_of("disk", model), 4, 8 * MIB)
-            swept("disk", model, [["default", 0, 0, 0], *(["register", *c] for c in readers)], 7, 15)
+            swept("disk", model, [DEFAULT, *readers], 7, 15)
             fresh("disk", model, ["pipelined", "safetensors", "instanttensor buffered", "runai"], 3)
 
     phases = {name.removeprefix("phase_"): action for name, action in locals().items() if name.startswith("phase_")}

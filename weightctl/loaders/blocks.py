@@ -7,7 +7,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from weightctl.checkpoint import TensorEntry
 from weightctl.loaders.safetensors import described
@@ -34,9 +34,8 @@ class Cast:
     target: torch.dtype
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Bytes of a block that go to one place."""
+class Piece(NamedTuple):
+    """Bytes of a block that go to one place. (A tuple, like Block: of a large model there are thousands to make.)"""
 
     start: int
     """Of its first byte, in the block."""
@@ -52,8 +51,7 @@ class Piece:
         return self.start + self.nbytes
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """Bytes of one file that are read at once."""
 
     offset: int
@@ -125,9 +123,11 @@ class Layout:
     tensors: tuple[Placed, ...]
     runs: tuple[Run, ...]
 
-    def shard(self, blocks: Iterable[Block] = ()) -> Shard:
-        """The shard, brought by `blocks`."""
-        return Shard(self.file.source, self.file.size, self.nbytes, self.tensors, tuple(blocks))
+    def shard(self, blocks: Iterable[Block] = (), multiple: int = ALIGNMENT) -> Shard:
+        """The shard, brought by `blocks` to a buffer of a `multiple` of so many bytes."""
+        return Shard(
+            self.file.source, self.file.size, self.nbytes + -self.nbytes % multiple, self.tensors, tuple(blocks)
+        )
 
 
 def lay_out(

@@ -65,12 +65,12 @@ class Reader:
         IntegrityError if the file ends before, WeightctlError if it cannot be read.
         """
         done = 0
-        with translated_os_errors(f"read {source.path} at byte {offset}"):
+        try:
             if source is not self._source:
                 self._open(source)
             while done < nbytes:
                 try:
-                    count = os.preadv(self._descriptor, [view[done:]], offset + done)
+                    count = os.preadv(self._descriptor, (view[done:],), offset + done)
                 except OSError as error:
                     # The filesystem refuses O_DIRECT only now, or for the odd rest that a short read left.
                     if error.errno != errno.EINVAL or not self._direct:
@@ -84,6 +84,9 @@ class Reader:
                         "run this when nothing writes it",
                     )
                 done += count
+        except OSError:
+            with translated_os_errors(f"read {source.path} at byte {offset + done}"):  # not always: it costs time
+                raise
 
     def close(self) -> None:
         """Close the file."""
