@@ -34,9 +34,9 @@ class Identity:
     """Whether the file was left alone for so long that its next change must show in its times."""
 
     @classmethod
-    def of(cls, path: Path) -> Identity:
-        """Take it before the file's first byte is read. Raises OSError."""
-        stat = path.stat()
+    def of(cls, file: Path | int) -> Identity:
+        """Take it, of a path or of an open descriptor, before the file's first byte is read. Raises OSError."""
+        stat = os.stat(file)
         age = time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns)
         key = f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
         return cls(key, age >= RACY_NANOSECONDS)

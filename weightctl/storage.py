@@ -173,7 +173,7 @@ def _sync_file(path: Path) -> None:
 
 def _sync_filesystem(path: Path) -> bool:
     """Write back everything on the filesystem of `path`, or return False where that would not be certain."""
-    if not os.major(path.stat().st_dev) or _linux_version() < (5, 8):
+    if not is_on_disk(path) or _linux_version() < (5, 8):
         return False
     libc = ctypes.CDLL(None, use_errno=True)
     descriptor = os.open(path, os.O_RDONLY)
@@ -183,6 +183,11 @@ def _sync_filesystem(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return True
+
+
+def is_on_disk(path: Path) -> bool:
+    """Whether the kernel itself drives the block device under `path`: no network, no FUSE, and no memory."""
+    return os.major(path.stat().st_dev) != 0
 
 
 def _linux_version() -> tuple[int, ...]:

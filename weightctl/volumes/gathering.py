@@ -33,7 +33,7 @@ def gather(
     orders: list[tuple[File, Path]] = []
     for file in files:
         offer, destination = offers.get(file.sha256), staging / file.path
-        if _is_same(file.source, destination):
+        if _is_same(destination, file.source):
             here.append(file)
         elif offer and link(offer, destination):
             linked.append(file)
@@ -70,15 +70,15 @@ def _offers(
 
 def make_places(files: Sequence[File], staging: Path) -> None:
     """Create `staging` and the directories of the files in it, but nothing above: if that is gone, so is the mount."""
-    parents = {PurePosixPath(".")}.union(*(PurePosixPath(file.path).parents for file in files))
-    for parent in sorted(parents):
+    parents = {PurePosixPath(file.path).parent for file in files}
+    for parent in sorted({PurePosixPath(".")}.union(parents, *(parent.parents for parent in parents))):
         (staging / parent).mkdir(exist_ok=True)
 
 
 def link(existing: Path, destination: Path) -> bool:
     """Give the file a second name, or return False where that does not work."""
     try:
-        if _is_same(existing, destination):
+        if _is_same(destination, existing):
             return True
         destination.unlink(missing_ok=True)
         destination.hardlink_to(existing)
