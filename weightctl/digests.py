@@ -36,7 +36,7 @@ class Identity:
     @classmethod
     def of(cls, file: Path | int) -> Identity:
         """Take it, of a path or of an open descriptor, before the file's first byte is read. Raises OSError."""
-        stat = os.stat(file)
+        stat = file.stat() if isinstance(file, Path) else os.fstat(file)
         age = time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns)
         key = f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
         return cls(key, age >= RACY_NANOSECONDS)
