@@ -12,28 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from weightctl.errors import WeightctlError
 from weightctl.progress import Progress, Task
+from weightctl.units import count as count
+from weightctl.units import seconds as seconds
+from weightctl.units import size as size
 
 if TYPE_CHECKING:
     import rich.progress
-
-
-def size(count: float) -> str:
-    """`91000000` as `91.0 MB` (decimal units, as disks and the Hub count)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 999.95:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def count(number: int, noun: str) -> str:
-    """`1 file`, `2 files`."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def seconds(count: float) -> str:
-    """A duration, to three digits."""
-    return f"{count * 1000:.0f} ms" if count < 0.9995 else f"{count:.2f} s" if count < 100 else f"{count:.0f} s"
 
 
 def show_json(result: object) -> None:
