@@ -137,8 +137,17 @@ def make_directories(path: Path, mode: int = 0) -> None:
     for directory in reversed(missing):
         directory.mkdir(exist_ok=True)
         if mode & ~stat.S_IMODE(directory.stat().st_mode):
-            directory.chmod(mode | stat.S_IMODE(directory.stat().st_mode))
+            set_mode(directory, mode | stat.S_IMODE(directory.stat().st_mode))
         fsync_directory(directory.parent)
+
+
+def set_mode(path: Path, mode: int) -> None:
+    """Give a file or directory of ours a mode, where the filesystem has modes: FAT and some FUSE have none."""
+    try:
+        path.chmod(mode)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EPERM):
+            raise
 
 
 def rename(source: Path, destination: Path) -> None:

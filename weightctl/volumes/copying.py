@@ -154,8 +154,8 @@ class _Job:
                 raise self._changed()
         if self._staged > self.file.size:
             os.ftruncate(self._target, self.file.size)
-        os.fchmod(self._target, 0o644)
         self.close()
+        storage.set_mode(self._destination, 0o644)
         digest = self._digest.hexdigest()
         if self.file.sha256 not in (None, digest):
             raise IntegrityError(

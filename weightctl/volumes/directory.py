@@ -34,8 +34,8 @@ VERSION_DIGITS = 16
 
 _VERSION = re.compile(f"[0-9a-f]{{{VERSION_DIGITS}}}")
 
-_NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
-"""How filesystems answer that have no links."""
+_NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EIO})
+"""How filesystems answer that have no links; EIO is what `rclone mount` says."""
 
 
 @volumes.register("directory")
@@ -203,7 +203,7 @@ class DirectoryVolume(Volume):
         try:
             new.symlink_to(version.name)
         except OSError as error:
-            if error.errno not in _NO_LINKS:
+            if error.errno not in _NO_LINKS or latest.is_symlink():
                 raise
             with storage.atomic_write(latest, scratch) as stream:  # no path, but it names the version
                 stream.write(version.name.encode())

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from weightctl import storage
 from weightctl.config import Config
 from weightctl.digests import DigestCache, check_files
+from weightctl.errors import WeightctlError
 from weightctl.model import File
 from weightctl.progress import Progress
 from weightctl.volumes.copying import copy_files
@@ -45,7 +46,7 @@ def gather(
         task.advance(sum(file.size for file in (*here, *linked)))
         copied = copy_files(orders, config.workers, task)
     for file in here:
-        (staging / file.path).chmod(0o644)
+        storage.set_mode(staging / file.path, 0o644)
     DigestCache().put_all("sha256", [(copy.file.source, copy.seen, str(copy.file.sha256)) for copy in copied])
     directories = _tidy(staging, {staging / file.path for file in files})
     written = [staging / file.path for file in here] + [path for _, path in orders]
@@ -101,15 +102,26 @@ def _allocated(path: Path) -> int:
 
 
 def _tidy(staging: Path, wanted: set[Path]) -> list[Path]:
-    """Remove what does not belong into the version, and open its directories to every reader."""
+    """Remove what does not belong into the version, and open its directories to every reader.
+
+    Raises WeightctlError if a file is not there under its own name: some filesystems take `a` and `A` for one.
+    """
     directories = []
+    found: set[Path] = set()
     for parent, _, names in os.walk(staging, topdown=False):
         directory = Path(parent)
-        for stray in {directory / name for name in names} - wanted:
+        here = {directory / name for name in names}
+        found |= here & wanted
+        for stray in here - wanted:
             stray.unlink()
         if directory == staging or any(directory in path.parents for path in wanted):
-            directory.chmod(0o755)
+            storage.set_mode(directory, 0o755)
             directories.append(directory)
         else:
             directory.rmdir()
+    if lost := sorted(str(path.relative_to(staging)) for path in wanted - found):
+        raise WeightctlError(
+            f"the volume does not keep the name {lost[0]!r} apart from that of another file of the model",
+            "push to a filesystem that tells upper case from lower case",
+        )
     return directories

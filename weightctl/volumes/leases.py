@@ -23,8 +23,11 @@ HEARTBEAT_SECONDS = 10.0
 SILENCE_SECONDS = 60.0
 """So long after its last heartbeat an owner counts as dead, where its lock cannot tell."""
 
+NAMELESS_SECONDS = 5.0
+"""So long after a lease was created its owner has written its name, or died before it could."""
+
 SETTLE_SECONDS = 1.0
-"""Two who take over a dead lease without locks both write their names; after so long, the last one stands."""
+"""Two who take over a silent lease on two hosts both write their names; after so long, the last one stands."""
 
 POLL_SECONDS = 0.1
 
@@ -35,8 +38,9 @@ class Owner:
 
     host: str
     pid: int
-    boot: str
-    """The running kernel: whoever shares it shares its locks."""
+    mount: str
+    """The running kernel and its device number of the volume: whoever shares both sees the owner's lock. Two FUSE or
+    network mounts of one volume have two, even on one machine."""
     locked: bool
     """Whether the owner found, when it tried, that its lock keeps others out."""
     token: str
@@ -60,11 +64,13 @@ def held(path: Path, *, wait: bool = True, on_wait: Callable[[], object] = lambd
         on_wait = lambda: None  # noqa: E731
         time.sleep(POLL_SECONDS)
     over = threading.Event()
-    threading.Thread(target=_beat, args=(descriptor, over), daemon=True).start()
+    beating = threading.Thread(target=_beat, args=(descriptor, over), daemon=True)
+    beating.start()
     try:
         yield
     finally:
         over.set()
+        beating.join()
         with contextlib.suppress(OSError):
             if _is_at(descriptor, path):
                 path.unlink()
@@ -103,9 +109,12 @@ def _acquire(path: Path) -> int | None:
         locks = _lock(descriptor)
         free = locks is not False and _is_at(descriptor, path) and (new or _is_dead(descriptor, path, locks=locks))
         if free:
-            owner = Owner(socket.gethostname(), os.getpid(), _boot(), _keeps_others_out(path), secrets.token_hex(8))
+            contested = not new and _may_look_dead(descriptor)
+            owner = Owner(
+                socket.gethostname(), os.getpid(), _mount(descriptor), _keeps_others_out(path), secrets.token_hex(8)
+            )
             os.pwrite(descriptor, json.dumps(vars(owner)).encode().ljust(512), 0)
-            if not new and not owner.locked:
+            if contested:
                 time.sleep(SETTLE_SECONDS)
                 free = _is_at(descriptor, path) and _read(descriptor) == owner
         if free:
@@ -143,14 +152,21 @@ def _keeps_others_out(path: Path) -> bool:
 def _is_dead(descriptor: int, path: Path, *, locks: bool | None = True) -> bool:
     """Whether the lease, whose lock is free or not to be had, has no living owner."""
     owner = _read(descriptor)
-    if locks and (owner is None or (owner.locked and owner.boot == _boot())):
-        return True  # its lock would have been seen; without a name it died before it wrote one
+    if owner is None:
+        return _is_silent(descriptor, path, NAMELESS_SECONDS)
+    if locks and owner.locked and owner.mount == _mount(descriptor):
+        return True  # its lock would have been seen
     return _is_silent(descriptor, path)
 
 
-def _is_silent(descriptor: int, path: Path) -> bool:
+def _is_silent(descriptor: int, path: Path, seconds: float = SILENCE_SECONDS) -> bool:
     beat = os.fstat(descriptor).st_mtime
-    return time.time() - beat > SILENCE_SECONDS / 2 and _now(path.parent) - beat > SILENCE_SECONDS
+    return time.time() - beat > seconds / 2 and _now(path.parent) - beat > seconds
+
+
+def _may_look_dead(descriptor: int) -> bool:
+    """Whether some other host may be taking the lease over at this very moment."""
+    return _read(descriptor) is None or time.time() - os.fstat(descriptor).st_mtime > SILENCE_SECONDS / 2
 
 
 def _now(directory: Path) -> float:
@@ -182,10 +198,12 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 def _beat(descriptor: int, over: threading.Event) -> None:
     while not over.wait(HEARTBEAT_SECONDS):
-        try:
+        with contextlib.suppress(OSError):  # a network that fails now may be back before we count as dead
             os.utime(descriptor)
-        except OSError:
-            return  # let go, or the mount is gone
+
+
+def _mount(descriptor: int) -> str:
+    return f"{_boot()} {os.fstat(descriptor).st_dev}"
 
 
 @lru_cache(maxsize=1)

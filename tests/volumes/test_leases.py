@@ -1,0 +1,161 @@
+"""A lease is held by one living process, wherever it runs, and by nobody once that is dead."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import models
+from tests.disk import fork, lacking
+from weightctl.volumes import leases
+
+
+@pytest.fixture
+def lease(tmp_path: Path) -> Path:
+    return tmp_path / "x.lease"
+
+
+def write(lease: Path, *, host: str = "elsewhere", mount: str = "another kernel 7", locked: bool = True) -> None:
+    """The lease of a process on another host, whose lock nobody here sees."""
+    owner = leases.Owner(host, 4711, mount, locked, "token")
+    lease.write_text(json.dumps(vars(owner)).ljust(512))
+
+
+def age(lease: Path, seconds: float) -> None:
+    then = time.time() - seconds
+    os.utime(lease, (then, then))
+
+
+def can_be_had(lease: Path) -> bool:
+    try:
+        with leases.held(lease, wait=False):
+            return True
+    except BlockingIOError:
+        return False
+
+
+def test_one_at_a_time(lease: Path) -> None:
+    with leases.held(lease):
+        assert str(leases.owner_of(lease)) == f"{os.uname().nodename}:{os.getpid()}"
+        assert not can_be_had(lease)
+    assert leases.owner_of(lease) is None
+    assert not lease.exists()
+    assert can_be_had(lease)
+
+
+def test_whoever_waits_is_told_once_and_gets_it(lease: Path) -> None:
+    told: list[int] = []
+
+    def wait() -> None:
+        with leases.held(lease, on_wait=lambda: told.append(1)):
+            told.append(2)
+
+    waiting = threading.Thread(target=wait)
+    with leases.held(lease):
+        waiting.start()
+        time.sleep(3 * leases.POLL_SECONDS)
+        assert told == [1]
+    waiting.join()
+    assert told == [1, 2]
+
+
+@pytest.mark.parametrize("without", [(), ("flock",)], ids=["locks", "no locks"])
+def test_what_a_killed_process_held(lease: Path, without: tuple[str, ...]) -> None:
+    """Its lock tells at once; without locks its silence does."""
+
+    def hold() -> None:
+        if without:
+            lacking(*without)
+        with leases.held(lease):
+            time.sleep(100)
+
+    child = fork(hold)
+    models.wait_for(lambda: lease.exists() and lease.stat().st_size == 512)
+    assert not can_be_had(lease)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    if without:
+        assert not can_be_had(lease)
+        age(lease, leases.SILENCE_SECONDS + 1)
+    assert leases.owner_of(lease) is None
+    assert can_be_had(lease)
+
+
+@pytest.mark.parametrize("locked", [True, False])
+def test_a_living_process_on_another_host_is_not_taken_for_dead(lease: Path, locked: bool) -> None:
+    write(lease, locked=locked)
+    for silent in (0, leases.HEARTBEAT_SECONDS, leases.SILENCE_SECONDS - 2):
+        age(lease, silent)
+        assert str(leases.owner_of(lease)) == "elsewhere:4711"
+        assert not can_be_had(lease)
+    assert json.loads(lease.read_text())["host"] == "elsewhere"
+
+
+@pytest.mark.parametrize("locked", [True, False])
+def test_a_dead_process_on_another_host_expires(lease: Path, locked: bool) -> None:
+    write(lease, locked=locked)
+    age(lease, leases.SILENCE_SECONDS + 1)
+    assert leases.owner_of(lease) is None
+    assert can_be_had(lease)
+
+
+def test_another_mount_on_this_machine_is_another_host(lease: Path) -> None:
+    """Two FUSE mounts of one volume share the kernel but no locks."""
+    lease.touch()
+    mount = f"{leases._boot()} {lease.stat().st_dev}"
+    write(lease, mount=mount + "1")
+    assert not can_be_had(lease)
+    write(lease, mount=mount)
+    assert can_be_had(lease)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"host": 1}', "\0" * 512])
+def test_a_lease_without_a_name_is_left_to_its_owner_for_a_moment(lease: Path, content: str) -> None:
+    lease.write_text(content)
+    assert str(leases.owner_of(lease)) == "?:0"
+    assert not can_be_had(lease)
+    age(lease, leases.NAMELESS_SECONDS + 1)
+    assert leases.owner_of(lease) is None
+    assert can_be_had(lease)
+
+
+def test_a_clock_that_is_wrong_here_kills_nobody(lease: Path) -> None:
+    """A heartbeat from the future is not silence."""
+    write(lease)
+    age(lease, -3600)
+    assert not can_be_had(lease)
+
+
+def test_two_who_take_over_a_silent_lease(lease: Path) -> None:
+    """Without locks both write their names; one of them stands."""
+    write(lease, locked=False)
+    age(lease, leases.SILENCE_SECONDS + 1)
+    holding = lease.parent / "holding"
+    holding.mkdir()
+
+    def take() -> None:
+        lacking("flock")
+        try:
+            with leases.held(lease, wait=False):
+                (holding / str(os.getpid())).touch()
+                time.sleep(2 * leases.SETTLE_SECONDS)
+        except BlockingIOError:
+            pass
+
+    children = [fork(take) for _ in range(3)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
+    assert len(list(holding.iterdir())) == 1
+
+
+def test_a_holder_beats(lease: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "HEARTBEAT_SECONDS", 0.05)
+    with leases.held(lease):
+        age(lease, 1000)
+        models.wait_for(lambda: time.time() - lease.stat().st_mtime < 500)
+        assert not can_be_had(lease)
