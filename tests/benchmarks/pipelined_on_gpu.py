@@ -13,11 +13,9 @@ import concurrent.futures
 import contextlib
 import gc
 import hashlib
-import importlib.util
 import itertools
 import json
 import math
-import mmap
 import os
 import shutil
 import statistics
@@ -199,146 +197,6 @@ def pipelined(directory: Path) -> dict[str, Any]:
     from weightctl.sources.directory import read_directory
 
     return PipelinedLoader().load(read_directory(directory), "cuda")
-
-
-def safetensors_library(directory: Path) -> dict[str, Any]:
-    """load_file, file by file."""
-    from safetensors.torch import load_file
-
-    found: dict[str, Any] = {}
-    for path in weights(directory):
-        found.update(load_file(path, device="cuda"))
-    return found
-
-
-def instant(directory: Path, backend: str | None) -> dict[str, Any]:
-    """InstantTensor 0.2.2."""
-    import instanttensor
-    from instanttensor import _impl
-
-    chosen = None if backend is None else _impl.BackendPolicy[backend]
-    files = [str(path) for path in weights(directory)]
-    with instanttensor.safe_open(files, framework="pt", device=0, backend=chosen) as opened:
-        return dict(opened.tensors())
-
-
-def runai(directory: Path) -> dict[str, Any]:
-    """Run:ai streamer 0.16."""
-    from runai_model_streamer import SafetensorsStreamer
-
-    with SafetensorsStreamer() as streamer:
-        streamer.stream_files([str(path) for path in weights(directory)])
-        return {name: tensor.to("cuda", copy=True) for name, tensor in streamer.get_tensors()}
-
-
-def fast(directory: Path) -> dict[str, Any]:
-    """fastsafetensors 0.5 without GPUDirect Storage."""
-    from fastsafetensors import fastsafe_open
-
-    files = [str(path) for path in weights(directory)]
-    with fastsafe_open(files, device="cuda:0", nogds=True) as opened:
-        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no dict)
-
-
-STRATEGIES: dict[str, tuple[str, Callable[[Path], dict[str, Any]]]] = {
-    "pipelined": ("weightctl", pipelined),
-    "safetensors": ("safetensors", safetensors_library),
-    "instanttensor": ("instanttensor", lambda directory: instant(directory, None)),
-    "instanttensor buffered": ("instanttensor", lambda directory: instant(directory, "BUFFERED")),
-    "runai": ("runai_model_streamer", runai),
-    "fastsafetensors": ("fastsafetensors", fast),
-}
-
-
-def one(job: dict[str, Any]) -> dict[str, Any]:
-    """One load by the clock, in this fresh process."""
-    import torch
-
-    module, load = STRATEGIES[job["strategy"]]
-    importlib.import_module(module)
-    if module == "weightctl":
-        importlib.import_module("weightctl.loaders.pipelined")
-        importlib.import_module("weightctl.sources.directory")
-    directory = Path(job["directory"])
-    torch.zeros(1, device="cuda")
-    torch.cuda.synchronize()
-    free = torch.cuda.mem_get_info()[0]
-    torch.cuda.reset_peak_memory_stats()
-    if job["cold"]:
-        forget(weights(directory))
-    began = time.perf_counter()
-    tensors = load(directory)
-    torch.cuda.synchronize()
-    seconds = time.perf_counter() - began
-    peak = max(torch.cuda.max_memory_allocated(), free - torch.cuda.mem_get_info()[0])
-    host = next(
-        int(line.split()[1]) >> 10 for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line
-    )
-    return {"seconds": seconds, "peak": peak, "host_mib": host, "print": fingerprint(tensors)}
-
-
-def ceilings(job: dict[str, Any]) -> dict[str, Any]:
-    """The bus, and what setting things up costs."""
-    import torch
-
-    found: dict[str, Any] = {}
-    torch.zeros(1, device="cuda")
-
-    def timed(action: Callable[[], object]) -> float:
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        action()
-        torch.cuda.synchronize()
-        return time.perf_counter() - began
-
-    cudart = torch.cuda.cudart()
-    made: list[Any] = []
-    size = 15.8 * 1024 * MIB / 4
-    found["cudaMalloc 4 x 3.95 GiB ms"] = 1e3 * timed(
-        lambda: made.extend(torch.empty(int(size), dtype=torch.uint8, device="cuda") for _ in range(4))
-    )
-    made.clear()
-    torch.cuda.empty_cache()
-    target = torch.empty(4096 * MIB + 4096, dtype=torch.uint8, device="cuda")
-    pinned: list[Any] = []
-    found["cudaHostAlloc 128 MiB ms"] = 1e3 * timed(
-        lambda: pinned.append(torch.empty(128 * MIB, dtype=torch.uint8, pin_memory=True))
-    )
-
-    def copies(source: Any, block: int, from_: int = 0, to: int = 0) -> float:
-        best = 0.0
-        for _ in range(3):
-
-            def all_of_it() -> None:
-                ring = source.numel() // block
-                for turn in range(4096 * MIB // block - 1):
-                    start = turn % ring * block
-                    source_part = source[start + from_ : start + block - 64 + from_]
-                    target[turn * block + to : turn * block + to + block - 64].copy_(source_part, non_blocking=True)
-
-            best = max(best, (4096 * MIB // block - 1) * (block - 64) / timed(all_of_it))
-        return best / 1e9
-
-    found["H2D 64 MiB blocks GB/s"] = copies(pinned[0], 64 * MIB)
-    for block in (1, 2, 4, 8, 16):
-        found[f"H2D {block} MiB blocks GB/s"] = copies(pinned[0], block * MIB)
-    found["H2D 8 MiB, place + 8 GB/s"] = copies(pinned[0], 8 * MIB, 0, 8)
-    found["H2D 8 MiB, source + 8 GB/s"] = copies(pinned[0], 8 * MIB, 8, 0)
-    for huge in (True, False):
-        memory = mmap.mmap(-1, 128 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if huge:
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        region = torch.frombuffer(memory, dtype=torch.uint8)
-        name = "huge pages" if huge else "small pages"
-        found[f"touch 128 MiB of {name} ms"] = 1e3 * timed(lambda region=region: region.fill_(1))
-        found[f"cudaHostRegister 128 MiB of {name} ms"] = 1e3 * timed(
-            lambda region=region: cudart.cudaHostRegister(region.data_ptr(), region.nbytes, 1)
-        )
-        found[f"H2D 8 MiB from {name} GB/s"] = copies(region, 8 * MIB)
-        found[f"cudaHostUnregister {name} ms"] = 1e3 * timed(
-            lambda region=region: cudart.cudaHostUnregister(region.data_ptr())
-        )
-    return found
 
 
 def sweep(job: dict[str, Any]) -> dict[str, Any]:
@@ -596,7 +454,7 @@ DEFAULT = (0, 0, 0)
 """Readers, MiB a block and slabs: what the loader chooses."""
 
 CHILDREN: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    action.__name__: action for action in (make, one, ceilings, sweep, check, describe)
+    action.__name__: action for action in (make, sweep, check, describe)
 }
 
 
@@ -627,32 +485,12 @@ def forget(paths: Sequence[Path]) -> None:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def raw_read(paths: Sequence[Path], threads: int, block: int, direct: bool = False) -> float:
-    """Read all on some threads and throw it away; GB/s."""
-    turns = iter([(path, at) for path in paths for at in range(0, path.stat().st_size, block)])
-    lock = threading.Lock()
-
-    def read(_: int) -> None:
-        buffer = mmap.mmap(-1, block, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        opened: dict[Path, int] = {}
-        try:
-            while True:
-                with lock:
-                    turn = next(turns, None)
-                if turn is None:
-                    return
-                path, at = turn
-                if path not in opened:
-                    opened[path] = os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
-                os.preadv(opened[path], [buffer], at)
-        finally:
-            for descriptor in opened.values():
-                os.close(descriptor)
-
-    began = time.perf_counter()
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        list(pool.map(read, range(threads)))
-    return sum(path.stat().st_size for path in paths) / (time.perf_counter() - began) / 1e9
+def warm(paths: Sequence[Path]) -> None:
+    """Bring files into the page cache."""
+    for path in paths:
+        with path.open("rb", buffering=0) as stream:
+            while stream.read(64 * MIB):
+                pass
 
 
 def show(*columns: object) -> None:
@@ -677,7 +515,7 @@ def main() -> None:
     parser.add_argument("--disk", type=Path, default=Path("/var/tmp/weightctl-bench"))
     parser.add_argument("--memory", type=Path, default=Path("/dev/shm/weightctl-bench"))
     parser.add_argument("--seconds", type=float, default=450, help="begin no phase after this")
-    parser.add_argument("--phases", default="make,check,ceilings,sweep,fresh,raw,memory,cold,small")
+    parser.add_argument("--phases", default="make,check,sweep,memory,small")
     parser.add_argument("--keep", action="store_true", help="leave the models for the next run")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -711,10 +549,6 @@ def main() -> None:
         for name, answer in outcome["results"].items():
             print(f"{name}: {answer}")
 
-    def phase_ceilings() -> None:
-        found = child("ceilings", 60)
-        print("; ".join(f"{name} {value:.1f}" for name, value in found.items()))
-
     def swept(root: str, model: str, configs: list[Any], rounds: int, seconds: float) -> None:
         models_of(root, model)
         outcome = child(
@@ -736,62 +570,14 @@ def main() -> None:
         configs = [*itertools.product((8, 12, 16), (2, 4, 8), (2,)), (12, 4, 1), (12, 4, 3)]
         swept("disk", "15.8 GiB", [DEFAULT, *configs], 3, 60)
 
-    def fresh(root: str, model: str, names: Sequence[str], rounds: int, cold: bool = False, raw: bool = False) -> None:
-        paths = models_of(root, model)
-        times: dict[str, list[float]] = {}
-        notes: dict[str, str] = {}
-        for _ in range(rounds):
-            if raw:
-                forget(paths)
-                rate = raw_read(paths, 16, 8 * MIB, direct=True)
-                times.setdefault("raw read, O_DIRECT", []).append(sizes[model] / rate / 1e9)
-            for name in names:
-                slow = bool(times.get(name)) and min(times[name]) > 5 and not cold
-                if "FAILED" in notes.get(name, "") or slow or left() < 0:
-                    continue
-                if importlib.util.find_spec(STRATEGIES[name][0]) is None:
-                    notes[name] = "FAILED: not installed"
-                    continue
-                try:
-                    outcome = child("one", 60, strategy=name, directory=str(folder(places[root], model)), cold=cold)
-                except RuntimeError as error:
-                    notes[name] = f"FAILED {str(error)[-160:]}"
-                    continue
-                times.setdefault(name, []).append(outcome["seconds"])
-                verified = outcome["print"] == prints.get(model)
-                notes[name] = f"dev {outcome['peak'] / sizes[model]:.2f}x host {outcome['host_mib']} MiB" + (
-                    "" if verified else " BYTES?"
-                )
-        print(f"-- {model} on {root}, {'cold' if cold else 'warm'}, fresh processes, interleaved")
-        for name in dict.fromkeys([*times, *notes]):
-            show(name, *(rates(times[name], sizes[model]) if name in times else ()), notes.get(name, ""))
-
-    def phase_fresh() -> None:
-        fresh("disk", "15.8 GiB", list(STRATEGIES), 3)
-
-    def phase_raw() -> None:
-        for root in places:
-            paths = models_of(root, "15.8 GiB")
-            for block in (1, 4, 8, 16):
-                found = [f"{threads}: {raw_read(paths, threads, block * MIB):.1f}" for threads in (4, 8, 12, 16)]
-                print(f"raw read, {root}, {block} MiB blocks, GB/s by threads:", ", ".join(found), flush=True)
-
     def phase_memory() -> None:
         swept("memory", "15.8 GiB", [DEFAULT, (8, 4, 2), (16, 4, 2)], 3, 20)
-        fresh("memory", "15.8 GiB", ["pipelined", "safetensors", "instanttensor", "runai"], 2)
-
-    def phase_cold() -> None:
-        fresh("disk", "15.8 GiB", ["pipelined"], 3, cold=True, raw=True)
-        if left() > 60:
-            fresh("disk", "15.8 GiB", ["safetensors", "instanttensor"], 1, cold=True)
-        raw_read(models_of("disk", "15.8 GiB"), 8, 8 * MIB)
 
     def phase_small() -> None:
         readers = ((4, 1, 2), (8, 1, 2), (4, 2, 2), (8, 2, 2), (4, 4, 2), (8, 4, 2), (12, 2, 2), (16, 4, 2))
         for model in ("1 GiB", "91 MB"):
-            raw_read(models_of("disk", model), 4, 8 * MIB)
+            warm(models_of("disk", model))
             swept("disk", model, [DEFAULT, *readers], 7, 15)
-            fresh("disk", model, ["pipelined", "safetensors", "instanttensor buffered", "runai"], 3)
 
     phases = {name.removeprefix("phase_"): action for name, action in locals().items() if name.startswith("phase_")}
     try:
