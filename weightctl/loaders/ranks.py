@@ -6,8 +6,8 @@ import contextlib
 import json
 import os
 import socket
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,14 +15,11 @@ from weightctl.errors import IntegrityError, UsageError, WeightctlError
 
 if TYPE_CHECKING:
     import torch
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup, Work
 
 T = TypeVar("T")
 Letter = Mapping[str, Any]
 """What one rank tells all others: JSON."""
-
-_groups: weakref.WeakKeyDictionary[ProcessGroup, ProcessGroup] = weakref.WeakKeyDictionary()
-"""A group → the one of its ranks on this host, kept: to make it takes NCCL a good part of a second."""
 
 
 def this_host() -> str:
@@ -72,43 +69,73 @@ class Ranks:
                 raise kind(f"rank {rank} could not load the model: {other['error']}", other["hint"])
         return result, letters
 
-    def mates(self, hosts: Sequence[str]) -> tuple[int, ...]:
-        """The ranks on this host, of which this is one, where `hosts` are those of all ranks."""
-        return tuple(rank for rank, host in enumerate(hosts) if host == hosts[self.rank])
-
-    def group_of(self, mates: Sequence[int]) -> ProcessGroup:
-        """The group of the ranks on this host: they all call it."""
+    def team(self, hosts: Sequence[str]) -> Team:
+        """The ranks of this one's host, where `hosts` are those of all ranks."""
         from torch import distributed
 
-        if len(mates) == self.size:
-            return self.group
-        if self.group not in _groups:
-            everyone = distributed.get_process_group_ranks(self.group)
-            with translated_group_errors():
-                _groups[self.group] = distributed.new_group(
-                    [everyone[rank] for rank in mates],
-                    backend=distributed.get_backend(self.group),
-                    use_local_synchronization=True,
-                )
-        return _groups[self.group]
+        mates = [rank for rank, host in enumerate(hosts) if host == hosts[self.rank]]
+        everyone = distributed.get_process_group_ranks(self.group)
+        return Team(self.group, tuple(everyone[rank] for rank in mates), tuple(mates), mates.index(self.rank))
 
     def _exchange(self, letter: Letter) -> list[Letter]:
         import torch
 
         encoded = json.dumps(letter).encode()
-        lengths = self._gather(torch.tensor([len(encoded)])).tolist()
-        padded = encoded.ljust(max(lengths))
-        rows = self._gather(torch.frombuffer(bytearray(padded), dtype=torch.uint8)).view(self.size, -1)
-        return [json.loads(bytes(row.tolist())) for row in rows]
+        longest = int(self._gather(torch.tensor([len(encoded)])).max())
+        letters = self._gather(torch.frombuffer(bytearray(encoded.ljust(longest)), dtype=torch.uint8))
+        return [json.loads(bytes(letter.tolist())) for letter in letters]
 
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
         import torch
+        from torch import distributed
 
         sent = tensor.to(self._device)
+        received = [torch.empty_like(sent) for _ in range(self.size)]
         with translated_group_errors():
-            received = torch.empty(self.size * sent.numel(), dtype=sent.dtype, device=self._device)
-            all_gather(received, sent, self.group).wait()
-            return received.cpu()
+            distributed.all_gather(received, sent, group=self.group)
+            return torch.stack(received).cpu()
+
+
+@dataclass(frozen=True)
+class Team:
+    """The ranks of one host, which share its reads.
+
+    They have no group of their own: whoever makes one needs every process of the world to take part.
+    """
+
+    group: ProcessGroup
+    addresses: tuple[int, ...]
+    """Their ranks in the world."""
+    ranks: tuple[int, ...]
+    """Their ranks in the group, ordered."""
+    index: int
+    """This one's place among them."""
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+        return len(self.ranks)
+
+    @property
+    def rank(self) -> int:
+        """This one's, in the group."""
+        return self.ranks[self.index]
+
+    def swap(self, pairs: Iterable[tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]]) -> list[Work]:
+        """Begin to give each other rank what is for it, and to take what it gives; what to wait for.
+
+        Each pair is what to send to each rank, and where to receive from each. What is empty is not sent.
+        """
+        from torch.distributed import P2POp, batch_isend_irecv, irecv, isend
+
+        operations = [
+            P2POp(operation, tensor, self.addresses[other], self.group)
+            for sent, received in pairs
+            for operation, tensors in ((isend, sent), (irecv, received))
+            for other, tensor in enumerate(tensors)
+            if other != self.index and tensor.numel()
+        ]
+        return batch_isend_irecv(operations) if operations else []
 
 
 @contextlib.contextmanager
@@ -121,14 +148,6 @@ def translated_group_errors() -> Iterator[None]:
         raise WeightctlError(
             f"the ranks lost each other: {reason[:300]}", "another rank may have ended: its own error says why"
         ) from error
-
-
-def all_gather(received: torch.Tensor, sent: torch.Tensor, group: ProcessGroup) -> Any:
-    """Begin to fill `received` with every rank's `sent`, which may be where it belongs there; the work to wait for."""
-    from torch import distributed
-
-    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor  # before torch 2.13
-    return gather(received, sent, group=group, async_op=True)
 
 
 def check_backend(group: ProcessGroup, device: str) -> None:
@@ -150,10 +169,10 @@ def _backends(group: ProcessGroup) -> dict[str, str]:
 
 
 def _own_device(group: ProcessGroup, device: str) -> torch.device:
-    """Where letters lie: on the CPU, if the group can; on no GPU that is another rank's."""
+    """Where letters lie: where the tensors will, so that NCCL knows all ranks before only some of them meet."""
     import torch
 
-    if "cpu" in _backends(group):
+    if device == "cpu" or "nccl" not in _backends(group).values():
         return torch.device("cpu")
     number = device.removeprefix("cuda:")
     if number.isdecimal() and int(number) < torch.cuda.device_count():

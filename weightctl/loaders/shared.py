@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weightctl.config import Config
 from weightctl.digests import unchanging
@@ -20,17 +20,17 @@ from weightctl.loaders.blocks import Block, Shard
 from weightctl.loaders.buffers import Buffers
 from weightctl.loaders.lanes import CudaLane, StraightLane
 from weightctl.loaders.pipelined import Tuning
-from weightctl.loaders.ranks import Letter, Ranks, check_backend, this_host, translated_group_errors
+from weightctl.loaders.ranks import Letter, Ranks, Team, check_backend, this_host, translated_group_errors
 from weightctl.loaders.reading import Source
 from weightctl.loaders.safetensors import own_checkpoint
 from weightctl.loaders.slices import Plan, cuts
-from weightctl.loaders.windows import DEPTH, Asked, Team, Window, schedule
+from weightctl.loaders.windows import DEPTH, Asked, Window, schedule
 from weightctl.model import Snapshot
 from weightctl.storage import in_parallel, pause
 
 if TYPE_CHECKING:
     import torch
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup, Work
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def load_together(
             lambda: _read_headers(wanted(), plan or {}, ranks, files), lambda read: read[1]
         )
         _check_alike(letters)
-        mates = ranks.mates([letter["host"] for letter in letters])
-        relay, _ = ranks.agree(lambda: Relay(asked, Team(ranks.group_of(mates), mates, ranks.rank)))
+        team = ranks.team([letter["host"] for letter in letters])
+        relay, _ = ranks.agree(lambda: Relay(asked, team))
 
         def bring() -> None:
             relay.run()
@@ -255,25 +255,23 @@ class Relay:
     def _begin(self, number: int) -> _Begun:
         """Begin to exchange a window, when this rank has brought it or has stopped."""
         import torch
-        from torch import distributed
 
         brought = self._wait_for(lambda: not self._left[number])
         for stream in self._streams:
             torch.cuda.current_stream().wait_stream(stream)
         exchange = self._windows[number].exchange
         assert exchange is not None
-        works = [exchange.begin(self.buffers, self._team)]
-        failed = torch.full((1,), not brought, dtype=torch.int32, device=self.buffers.device)
-        if self._team.size > 1:
-            most = distributed.ReduceOp.MAX
-            works.append(distributed.all_reduce(failed, most, group=self._team.group, async_op=True))
-        return _Begun(number, tuple(work for work in works if work), failed)
+        failed = torch.zeros(self._team.size, dtype=torch.uint8, device=self.buffers.device)
+        failed[self._team.index] = not brought
+        flags = failed.split(1)
+        parts = exchange.parts(self.buffers, self._team)
+        return _Begun(number, self._team.swap([parts, ([flags[self._team.index]] * self._team.size, flags)]), failed)
 
     def _end(self, begun: _Begun) -> bool:
         """Whether some rank had failed before the exchange, which is now over."""
         for work in begun.works:
             work.wait()
-        failed = bool(begun.failed.item())
+        failed = bool(begun.failed.any())
         with self._changed:
             self._over = begun.number
             self._changed.notify_all()
@@ -286,6 +284,6 @@ class _Begun:
 
     number: int
     """Of its window."""
-    works: tuple[Any, ...]
+    works: Sequence[Work]
     failed: torch.Tensor
-    """One number: not 0 when it is over, if a rank had stopped."""
+    """A number of each rank: not 0, when it is over, if that had stopped."""

@@ -8,19 +8,18 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weightctl.checkpoint import TensorEntry
 from weightctl.loaders.blocks import ALIGNMENT, Block, Cast, Layout, Run, Shard, blocks_of, lay_out
 from weightctl.loaders.buffers import Buffers
-from weightctl.loaders.ranks import all_gather
+from weightctl.loaders.ranks import Team
 from weightctl.loaders.safetensors import described
 from weightctl.loaders.slices import Cut
 from weightctl.model import File
 
 if TYPE_CHECKING:
     import torch
-    from torch.distributed import ProcessGroup
 
 PART_BYTES = 64 << 20
 """What each rank brings before it is exchanged: several blocks, so that reading goes on meanwhile."""
@@ -34,27 +33,6 @@ DEPTH = 3
 
 
 @dataclass(frozen=True)
-class Team:
-    """The ranks of one host, which share its reads."""
-
-    group: ProcessGroup
-    mates: tuple[int, ...]
-    """Their ranks in the whole group, ordered."""
-    rank: int
-    """This one's, in the whole group."""
-
-    @property
-    def size(self) -> int:
-        """How many they are."""
-        return len(self.mates)
-
-    @property
-    def index(self) -> int:
-        """This one's place among them."""
-        return self.mates.index(self.rank)
-
-
-@dataclass(frozen=True)
 class Gather:
     """Each rank has brought an equal part of a stretch of a buffer, and gets the others' parts."""
 
@@ -63,10 +41,10 @@ class Gather:
     last: int
     """One byte behind the stretch."""
 
-    def begin(self, buffers: Buffers, team: Team) -> Any:
-        """The work to wait for."""
-        stretch = buffers[self.buffer][self.first : self.last]
-        return all_gather(stretch, stretch.view(team.size, -1)[team.index], team.group)
+    def parts(self, buffers: Buffers, team: Team) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+        """What goes to each rank of the host, and where what each sends goes: its own is there already."""
+        parts = buffers[self.buffer][self.first : self.last].view(team.size, -1).unbind()
+        return [parts[team.index]] * team.size, parts
 
 
 @dataclass(frozen=True)
@@ -74,7 +52,7 @@ class Deal:
     """Each rank has brought whole rows of a tensor to a stage, and gets its stretch of everyone's rows."""
 
     stage: int
-    """The buffer that the rows lie in. The next is for the same, in the order of those who get it."""
+    """The buffer that the rows lie in. The next is for what the other ranks get of them."""
     rows: tuple[int, ...]
     """That each rank of the host brings."""
     row_bytes: int
@@ -84,31 +62,32 @@ class Deal:
     place: int
     """Where this rank's stretches go, row after row."""
 
-    def begin(self, buffers: Buffers, team: Team) -> Any:
-        """The work to wait for; None if nobody else takes part."""
-        import torch
-        from torch import distributed
-
-        mine, lengths = self.rows[team.index], [last - first for first, last in self.stretches]
-        received = buffers[self.buffer][self.place : self.place + sum(self.rows) * lengths[team.index]]
-        sent = received if team.size == 1 else buffers[self.stage + 1][: mine * sum(lengths)]
-        word = _widest(int(sent.storage_offset()), self.row_bytes, *itertools.chain(*self.stretches))
-        rows = buffers[self.stage][: mine * self.row_bytes].view(word).view(mine, self.row_bytes // word.itemsize)
-        parts: Sequence[torch.Tensor] = torch.split(sent, [mine * length for length in lengths])
-        for (first, last), part in zip(self.stretches, parts, strict=True):
-            stretch = rows[:, first // word.itemsize : last // word.itemsize]
-            part.view(word).view(stretch.shape).copy_(stretch)
-        if team.size == 1:
-            return None
-        takes, gives = [rows * lengths[team.index] for rows in self.rows], [mine * length for length in lengths]
-        return distributed.all_to_all_single(received, sent, takes, gives, group=team.group, async_op=True)
+    def parts(self, buffers: Buffers, team: Team) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+        """What goes to each rank of the host, and where what each sends goes: its own is brought there here."""
+        mine, widths = self.rows[team.index], [last - first for first, last in self.stretches]
+        sent = _in_turn(buffers[self.stage + 1], 0, [mine * width for width in widths])
+        received = _in_turn(buffers[self.buffer], self.place, [count * widths[team.index] for count in self.rows])
+        sent[team.index] = received[team.index]
+        rows = buffers[self.stage][: mine * self.row_bytes].view(mine, self.row_bytes)
+        for (first, last), part in zip(self.stretches, sent, strict=True):
+            if part.numel():
+                _copy_columns(rows, first, last, part)
+        return sent, received
 
 
-def _widest(*multiples: int) -> torch.dtype:
-    """The widest word that all of these are multiples of: a copy moves one at a time."""
+def _in_turn(buffer: torch.Tensor, place: int, lengths: Sequence[int]) -> list[torch.Tensor]:
+    ends = list(itertools.accumulate(lengths, initial=place))
+    return [buffer[first:last] for first, last in itertools.pairwise(ends)]
+
+
+def _copy_columns(rows: torch.Tensor, first: int, last: int, to: torch.Tensor) -> None:
+    """Copy the bytes from `first` to before `last` of each row to `to`, in words as long as they can be."""
     import torch
 
-    return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[math.gcd(8, *multiples)]
+    word = math.gcd(8, first, last, rows.shape[1], int(to.storage_offset()))
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[word]
+    stretch = rows.view(integer)[:, first // word : last // word]
+    to.view(integer).view(stretch.shape).copy_(stretch)
 
 
 @dataclass(frozen=True)
@@ -141,7 +120,7 @@ class Asked:
     def is_dealt(self, entry: TensorEntry) -> bool:
         """Whether the ranks bring whole rows of it, because their stretches are too short to be read one by one."""
         cut = self.cuts[entry.name]
-        return cut.rows > 1 and cut.width * self.itemsize(entry) <= STAGE_BYTES
+        return cut.rows > 1 and 0 < cut.width * self.itemsize(entry) <= STAGE_BYTES
 
 
 def schedule(asked: Asked, team: Team, block_bytes: int) -> tuple[list[Shard], list[Window]]:
@@ -183,9 +162,9 @@ def _deals(entry: TensorEntry, asked: Asked, buffer: int, place: int, team: Team
     cut, tensor = asked.cuts[entry.name], described(entry)
     cast = Cast(tensor.dtype, asked.dtypes[entry.name]) if entry.name in asked.dtypes else None
     size, row = asked.itemsize(entry), cut.width * asked.itemsize(entry)
-    stretches = [cut.stretch(rank) for rank in team.mates]
+    stretches = [cut.stretch(rank) for rank in team.ranks]
     own = stretches[team.index][1] - stretches[team.index][0]
-    each = max(1, STAGE_BYTES // max(row, 1))
+    each = max(1, STAGE_BYTES // row)
     for first in range(0, cut.rows, team.size * each):
         count = min(team.size * each, cut.rows - first)
         share = -(-count // team.size)
