@@ -99,6 +99,60 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A stretch of a deployment or of a cold start."""
+
+    name: str
+    """`bake`, `push`, `serialize`; `pull`, `unpack`, `copy`, `start`, `load`."""
+    bytes: int
+    """What it moves; 0 where it moves nothing."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ColdStart:
+    """From nothing to weights on the device, once."""
+
+    round: int
+    status: Literal["ok", "failed"]
+    reason: str | None = None
+    mark: str | None = None
+    """Why it is not counted though it did not fail: its files were in the page cache."""
+    stages: tuple[Stage, ...] = ()
+    """One after the other."""
+
+    @property
+    def seconds(self) -> float:
+        """Of all its stages."""
+        return sum(stage.seconds for stage in self.stages)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One way of shipping a model, with all its cold starts."""
+
+    scenario: Literal["image", "volume", "file", "model"]
+    way: str
+    """The engine that pulls the image, or what is done with the files: `in place`, `copied`."""
+    jobs: int | None
+    """Layers that the engine was told to fetch at once; None: it was told nothing."""
+    status: Literal["ok", "unavailable", "failed"]
+    reason: str | None = None
+    strategy: str | None = None
+    """How the weights are loaded in the end."""
+    deploy: tuple[Stage, ...] = ()
+    """What was done once, before the first cold start."""
+    seconds: tuple[float, ...] = ()
+    """Of every cold start that counts."""
+    median_seconds: float | None = None
+    interval: Interval | None = None
+    stages: tuple[Stage, ...] = ()
+    """The median of each stage over the cold starts that count."""
+    starts: tuple[ColdStart, ...] = ()
+    """All of them."""
+
+
+@dataclass(frozen=True)
 class Limit:
     """The least time in which this machine could load this model, were reading and copying perfectly overlapped."""
 
@@ -194,6 +248,8 @@ class BenchResult:
     complete: bool = True
     """Whether the bench came to its end; not, if it was interrupted or is still going on."""
     comparison: Comparison | None = None
+    scenarios: tuple[Scenario, ...] = ()
+    """Whole cold starts, where they were asked for instead of strategies."""
 
     def limit(self, cache: str) -> Limit | None:
         """That of a cache state."""
@@ -239,6 +295,12 @@ def parse_result(value: object) -> BenchResult:
             raise ValueError(f"{row.strategy}, {row.cache} is {row.status} with {len(row.seconds)} times")
         if min((*row.seconds, row.median_seconds or 1)) <= 0:
             raise ValueError(f"{row.strategy}, {row.cache} took no time")
+    for scenario in result.scenarios:
+        what = " ".join((scenario.scenario, scenario.way[:80]))
+        if (scenario.status == "ok") != bool(scenario.seconds):
+            raise ValueError(f"{what} is {scenario.status} with {len(scenario.seconds)} times")
+        if (scenario.median_seconds is None) != (not scenario.seconds) or min((*scenario.seconds, 1)) <= 0:
+            raise ValueError(f"{what} took no time")
     if len({(row.strategy, row.cache) for row in result.results}) != len(result.results):
         raise ValueError("it has a row twice")
     return result
