@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
+import math
 import os
 import threading
 from collections import deque
@@ -19,7 +21,7 @@ from weightctl.errors import IntegrityError, UsageError, WeightctlError, transla
 from weightctl.loaders.blocks import Block, Shard
 from weightctl.loaders.buffers import Buffers
 from weightctl.loaders.lanes import CudaLane, StraightLane
-from weightctl.loaders.pipelined import Tuning
+from weightctl.loaders.pipelined import READER_SHARE, Tuning
 from weightctl.loaders.ranks import Letter, Ranks, Team, check_backend, this_host, translated_group_errors
 from weightctl.loaders.reading import Source
 from weightctl.loaders.safetensors import own_checkpoint
@@ -140,7 +142,9 @@ class Relay:
     def __init__(self, asked: Asked, team: Team) -> None:
         """Raises WeightctlError if the device has not enough free memory."""
         share = sum(entry.nbytes for entry in asked.entries) // team.size
-        self._tuning = Tuning.of(share, Config.load().ring_bytes)
+        tuning = Tuning.of(share, Config.load().ring_bytes)
+        processors = math.ceil(READER_SHARE * len(os.sched_getaffinity(0)) / team.size)  # the others have as many
+        self._tuning = dataclasses.replace(tuning, readers=min(tuning.readers, processors))
         self._team = team
         shards, self._windows = schedule(asked, team, self._tuning.block_bytes)
         self.buffers = WindowBuffers(shards, self._windows, asked.device)
@@ -160,7 +164,7 @@ class Relay:
         """Bring everything. Raises what this rank raises; returns early if another has failed."""
         import torch
 
-        readers = min(self._tuning.readers, max(1, len(os.sched_getaffinity(0)) // self._team.size), len(self._blocks))
+        readers = min(self._tuning.readers, len(self._blocks))
         with ThreadPoolExecutor(1) as pool:
             exchanging = pool.submit(self._exchange)
             try:
@@ -177,16 +181,16 @@ class Relay:
 
     def _read(self, _: int) -> None:
         tuning = self._tuning
-        with contextlib.closing(self._lane(self._sources, self.buffers, tuning.block_bytes, tuning.slabs)) as lane:
-            self._register_stream()
-            try:
+        try:
+            with contextlib.closing(self._lane(self._sources, self.buffers, tuning.block_bytes, tuning.slabs)) as lane:
+                self._register_stream()
                 for number, block in self._taken():
                     pause(0)
                     lane.bring(self._first + number, block)
                     self._count(number)
-            except BaseException:
-                self._stop()
-                raise
+        except BaseException:
+            self._stop()
+            raise
 
     def _register_stream(self) -> None:
         import torch
@@ -201,10 +205,12 @@ class Relay:
                 number, block = self._blocks.popleft()
             except IndexError:
                 return
-            after = self._windows[number].after
-            if after > self._over and not self._wait_for(lambda: self._over >= after):  # noqa: B023
+            if not self._has_room(self._windows[number].after):
                 return
             yield number, block
+
+    def _has_room(self, after: int) -> bool:
+        return self._over >= after or self._wait_for(lambda: self._over >= after)
 
     def _count(self, number: int) -> None:
         with self._changed:
@@ -263,9 +269,9 @@ class Relay:
         assert exchange is not None
         failed = torch.zeros(self._team.size, dtype=torch.uint8, device=self.buffers.device)
         failed[self._team.index] = not brought
-        flags = failed.split(1)
-        parts = exchange.parts(self.buffers, self._team)
-        return _Begun(number, self._team.swap([parts, ([flags[self._team.index]] * self._team.size, flags)]), failed)
+        flags = failed.view(-1, 1).unbind()
+        told = [flags[self._team.index]] * self._team.size, flags
+        return _Begun(number, self._team.swap([exchange.parts(self.buffers, self._team), told]), failed)
 
     def _end(self, begun: _Begun) -> bool:
         """Whether some rank had failed before the exchange, which is now over."""

@@ -21,8 +21,9 @@ from weightctl.model import File
 if TYPE_CHECKING:
     import torch
 
-PART_BYTES = 64 << 20
-"""What each rank brings before it is exchanged: several blocks, so that reading goes on meanwhile."""
+PART_BYTES = 128 << 20
+"""What each rank brings before it is exchanged: many blocks, so that reading goes on meanwhile, and seldom, since each
+exchange costs Python as much as a few of them."""
 
 STAGE_BYTES = 32 << 20
 """A tensor that is cut across its rows passes through so much of a rank's memory at a time. Of rows that are longer,
