@@ -195,6 +195,13 @@ class RegistryClient:
         if stored is None or stored[1] != content:
             raise IntegrityError(f"{self} did not keep the manifest {digest} as it was sent", "bake again")
 
+    def delete_manifest(self, digest: str) -> None:
+        """Forget a manifest and every tag of it; its blobs go when the registry collects them.
+
+        Raises RegistryError where the registry does not let images be deleted.
+        """
+        self._call("DELETE", f"manifests/{digest}", expect=(200, 202, 404))
+
     # uploads
 
     def begin_upload(self, blob: Descriptor, mount_from: str | None) -> Session | None:
