@@ -8,6 +8,8 @@ import hashlib
 import itertools
 import os
 import resource
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -410,3 +412,13 @@ def test_a_rank_that_dies(tmp_path: Path) -> None:
         (error,) = pair.do(2, die, tmp_path, each=[(False,), (True,)])
     assert isinstance(error, WeightctlError)
     assert error.message.startswith("the ranks lost each other: ")
+
+
+def test_the_example_under_torchrun(minilm: Path) -> None:
+    example = Path(__file__).parents[2] / "examples" / "many_gpus.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*command, example, minilm, "--cpu"], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    sizes = {line.partition(":")[0]: line for line in done.stdout.splitlines()}
+    assert sizes.keys() == {"rank 0", "rank 1"}
+    assert all("90.9 MB on cpu, 45.5 MB cut" in line for line in sizes.values()), done.stdout
