@@ -1,4 +1,4 @@
-"""Disks that are full and directories that cannot be written, for real."""
+"""Filesystems of every kind, disks that are full and directories that cannot be written, for real."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests import models
 
 NOBODY = 65534
 
@@ -40,6 +42,59 @@ def small_disk(directory: Path, size: int) -> Iterator[Path]:
         yield directory
     finally:
         subprocess.run(["umount", "--lazy", str(directory)], check=True)
+
+
+IMAGE_BYTES = 320 << 20
+"""What XFS takes at least; the images are sparse."""
+
+MAKE = {
+    "ext4": ["mkfs.ext4", "-q"],
+    "xfs": ["mkfs.xfs", "-q"],
+    "btrfs": ["mkfs.btrfs", "-q"],
+    "exfat": ["mkfs.exfat"],
+    "ntfs": ["mkfs.ntfs", "-q", "-F"],
+}
+MOUNT = {
+    "ext4": ["mount", "-o", "loop"],
+    "xfs": ["mount", "-o", "loop"],
+    "btrfs": ["mount", "-o", "loop"],
+    "exfat": ["mount", "-o", "loop", "-t", "exfat-fuse"],  # no links, no modes, no upper case
+    "ntfs": ["ntfs-3g"],
+    "bindfs": ["bindfs"],
+    # Without links either. What rclone has yet to write back cannot be read after its directory was renamed.
+    "rclone": ["rclone", "mount", "--daemon", "--vfs-cache-mode=writes", "--vfs-write-back=0s", "--config=/dev/null"],
+}
+
+
+def run(*command: object) -> None:
+    """Run a command, or skip the test where it cannot be."""
+    try:
+        subprocess.run([*map(str, command)], check=True, capture_output=True, text=True, timeout=60)
+    except FileNotFoundError:
+        pytest.skip(f"{command[0]} is not installed")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"{command[0]} does not work here: {error.stderr.strip()}")
+
+
+@contextlib.contextmanager
+def mounted(kind: str, directory: Path, *, below: Path | None = None, image: Path | None = None) -> Iterator[Path]:
+    """`directory` as a filesystem of its own: of a sparse `image`, or as a view of the directory `below`."""
+    if os.geteuid() != 0:
+        pytest.skip("it takes root to mount a filesystem")
+    directory.mkdir()
+    source = image or below or directory.with_suffix(".below")
+    if kind in MAKE:
+        with source.open("wb") as stream:
+            stream.truncate(IMAGE_BYTES)
+        run(*MAKE[kind], source)
+    else:
+        source.mkdir(exist_ok=True)
+    run(*MOUNT[kind], source, directory)
+    models.wait_for(lambda: os.path.ismount(directory), 20)
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", "--lazy", directory], check=True)
 
 
 @contextlib.contextmanager
@@ -81,8 +136,8 @@ def fork(action: Callable[[], object]) -> int:
 
 
 SYSTEM_CALLS = {
-    "x86_64": {"flock": (73,), "link": (86, 265), "symlink": (88, 266)},
-    "aarch64": {"flock": (32,), "link": (37,), "symlink": (36,)},
+    "x86_64": {"flock": (73,), "link": (86, 265), "symlink": (88, 266), "chmod": (90, 91, 268, 452)},
+    "aarch64": {"flock": (32,), "link": (37,), "symlink": (36,), "chmod": (52, 53, 452)},
 }
 
 

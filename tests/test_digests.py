@@ -11,7 +11,7 @@ import pytest
 
 from tests.disk import as_ordinary_user, read_only_directory
 from tests.hub_server import git_blob_id
-from weightctl.digests import RACY_NANOSECONDS, DigestCache, Identity, check_files, hash_files
+from weightctl.digests import RACY_NANOSECONDS, DigestCache, Identity, check_files, hash_files, unchanging
 from weightctl.errors import IntegrityError, WeightctlError
 from weightctl.model import File
 from weightctl.progress import Progress, Task
@@ -106,6 +106,40 @@ def test_a_file_that_changed_while_it_was_hashed_is_not_remembered(cache: Digest
     path.write_bytes(b"wrong")
     cache.put("sha256", path, seen, "abc")
     assert cache.get("sha256", path) is None
+
+
+def test_one_more_link_is_no_change(tmp_path: Path) -> None:
+    """A push links to files that others are reading."""
+    path = tmp_path / "file"
+    path.write_bytes(b"right")
+    with unchanging(path) as seen:
+        (tmp_path / "link").hardlink_to(path)
+    assert Identity.of(path).key != seen.key
+    with pytest.raises(IntegrityError, match="changed while it was read"), unchanging(path):
+        path.write_bytes(b"wrong")
+
+
+def test_many_at_once(cache: DigestCache, tmp_path: Path) -> None:
+    files = [tmp_path / str(number) for number in range(5)]
+    for number, file in enumerate(files):
+        file.write_bytes(bytes(number))
+    seen = [(file, Identity.of(settled(file)), f"value {file.name}") for file in files]
+    files[3].write_bytes(b"changed since")
+    files[4].unlink()
+    cache.put_all("sha256", seen[:4])
+    assert cache.get_all("sha256", files[:4]) == {file: f"value {file.name}" for file in files[:3]}
+    assert cache.get_all("git_id", files[:4]) == {}
+    cache.put_all("sha256", [(files[0], Identity.of(files[0]), "another")])
+    assert cache.get_all("sha256", files[:2]) == {files[0]: "another", files[1]: "value 1"}
+    cache.put_all("sha256", [])
+    assert cache.get_all("sha256", []) == {}
+
+
+def test_a_file_that_is_gone_forgets_the_others_at_worst(cache: DigestCache, tmp_path: Path, old_file: Path) -> None:
+    cache.put("sha256", old_file, Identity.of(old_file), "value")
+    cache.put_all("sha256", [(tmp_path / "gone", Identity.of(old_file), "value")])
+    assert set(cache.get_all("sha256", [old_file, tmp_path / "gone"]).values()) <= {"value"}
+    assert cache.get("sha256", old_file) == "value"
 
 
 def test_a_cache_that_cannot_be_written_is_harmless(old_file: Path) -> None:

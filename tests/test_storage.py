@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.disk import as_ordinary_user, read_only_directory, small_disk
+from tests.disk import as_ordinary_user, mounted, read_only_directory, small_disk
 from weightctl import storage
 from weightctl.errors import IntegrityError, WeightctlError, translated_os_errors
 from weightctl.progress import Task
@@ -335,6 +335,32 @@ def test_make_directories(tmp_path: Path) -> None:
     storage.make_directories(tmp_path / "a" / "b" / "c")
     storage.make_directories(tmp_path / "a" / "b" / "c")
     assert (tmp_path / "a" / "b" / "c").is_dir()
+
+
+@pytest.mark.parametrize("count", [1, storage.SYNC_TOGETHER])
+def test_sync_files(tmp_path: Path, count: int) -> None:
+    """A few by one fsync each, many by one flush of their filesystem; names in directories too."""
+    (tmp_path / "directory").mkdir()
+    paths = [tmp_path / "directory" / str(number) for number in range(count)]
+    for path in paths:
+        path.write_bytes(os.urandom(5000))
+    storage.sync_files([*paths, tmp_path / "directory"], workers=2)
+    storage.sync_files([], workers=2)
+    with pytest.raises(FileNotFoundError):
+        storage.sync_files([tmp_path / "gone"] * count, workers=2)
+
+
+def test_syncing_reports_what_could_not_be_written(tmp_path: Path) -> None:
+    """Many small files on a disk that is smaller than it says: syncfs fails as fsync does."""
+    with (
+        small_disk(tmp_path / "thin", 24 << 20) as thin,
+        mounted("ext4", tmp_path / "disk", image=thin / "image") as disk,
+    ):
+        paths = [disk / str(number) for number in range(2 * storage.SYNC_TOGETHER)]
+        for path in paths:
+            path.write_bytes(os.urandom(512 << 10))
+        with pytest.raises(OSError, match=r"No space|Input/output|Read-only"):
+            storage.sync_files(paths, workers=2)
 
 
 def test_check_space(tmp_path: Path) -> None:

@@ -33,6 +33,11 @@ class Identity:
     settled: bool
     """Whether the file was left alone for so long that its next change must show in its times."""
 
+    @property
+    def content(self) -> str:
+        """What a write changes: all but the ctime, which one more link to the file changes as well."""
+        return self.key.rpartition(":")[0]
+
     @classmethod
     def of(cls, file: Path | int) -> Identity:
         """Take it, of a path or of an open descriptor, before the file's first byte is read. Raises OSError."""
@@ -44,10 +49,10 @@ class Identity:
 
 @contextlib.contextmanager
 def unchanging(path: Path) -> Iterator[Identity]:
-    """The identity of `path`, for a block that reads it. Raises IntegrityError if it is another one at the end."""
+    """The identity of `path`, for a block that reads it. Raises IntegrityError if it was written to meanwhile."""
     seen = Identity.of(path)
     yield seen
-    if Identity.of(path).key != seen.key:
+    if Identity.of(path).content != seen.content:
         raise IntegrityError(f"{path} changed while it was read", "run this when nothing writes it")
 
 

@@ -131,7 +131,9 @@ def run_round(model: Path, small: Path, scratch: Path, rows: dict[str, Row], opt
         timed(rows.setdefault(label, Row(label)), lambda: push(model, volume, *options, *more))
 
     size = sum(path.stat().st_size for path in model.iterdir())
-    timed(rows.setdefault("limit: SHA-256, two threads", Row("limit: SHA-256, two threads")), lambda: sha256_pass(model))
+    timed(
+        rows.setdefault("limit: SHA-256, two threads", Row("limit: SHA-256, two threads")), lambda: sha256_pass(model)
+    )
     timed(rows.setdefault("limit: write + sync", Row("limit: write + sync")), lambda: plain_write(size, plain))
     plain.unlink()
     volume = compare(model, scratch / "large", rows, "", options)

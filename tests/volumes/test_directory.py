@@ -206,7 +206,7 @@ def test_a_link_that_a_dead_push_left_is_never_written_through(volume: Path, mod
     assert models.contents(second.path) == models.contents(model)
 
 
-@pytest.mark.parametrize("calls", [("flock",), ("link",), ("symlink",), ("flock", "link", "symlink")])
+@pytest.mark.parametrize("calls", [("flock",), ("link",), ("symlink",), ("flock", "link", "symlink", "chmod")])
 def test_a_filesystem_without_locks_or_links(volume: Path, model: Path, calls: tuple[str, ...]) -> None:
     def push_twice() -> None:
         lacking(*calls)

@@ -150,7 +150,8 @@ class _Job:
     def finish(self) -> Copied:
         """Close the file and see that it is what it should be."""
         with translated_os_errors(f"read {self.file.source}"):
-            if Identity.of(self._source).key != self._seen.key or os.fstat(self._source).st_size != self.file.size:
+            now = Identity.of(self._source)
+            if now.content != self._seen.content or os.fstat(self._source).st_size != self.file.size:
                 raise self._changed()
         if self._staged > self.file.size:
             os.ftruncate(self._target, self.file.size)
