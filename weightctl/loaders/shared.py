@@ -154,7 +154,10 @@ class Relay:
         self._sources += [sources[window.file] for window in self._windows]
         self._lane = StraightLane if self.buffers.stream is None else CudaLane
         self._streams: list[torch.cuda.Stream] = []
-        self._blocks = deque((number, block) for number, window in enumerate(self._windows) for block in window.blocks)
+        self._blocks: deque[tuple[int, Block]] = deque()  # of what is exchanged
+        self._own: deque[tuple[int, Block]] = deque()
+        for number, window in enumerate(self._windows):
+            (self._blocks if window.exchange else self._own).extend((number, block) for block in window.blocks)
         self._left = [len(window.blocks) for window in self._windows]
         self._over = -1  # the last window whose exchange is
         self._stopped = False
@@ -164,7 +167,7 @@ class Relay:
         """Bring everything. Raises what this rank raises; returns early if another has failed."""
         import torch
 
-        readers = min(self._tuning.readers, len(self._blocks))
+        readers = min(self._tuning.readers, len(self._blocks) + len(self._own))
         with ThreadPoolExecutor(1) as pool:
             exchanging = pool.submit(self._exchange)
             try:
@@ -199,18 +202,18 @@ class Relay:
             self._streams.append(torch.cuda.current_stream())
 
     def _taken(self) -> Iterator[tuple[int, Block]]:
-        """Whoever asks takes the next, as soon as there is room for it, until none is left."""
+        """Whoever asks takes the next block of what is exchanged, or of the rest while that has no room."""
         while True:
-            try:
-                number, block = self._blocks.popleft()
-            except IndexError:
-                return
-            if not self._has_room(self._windows[number].after):
-                return
-            yield number, block
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopped or self._own or not self._blocks or self._has_room())
+                queue = self._blocks if self._blocks and self._has_room() else self._own
+                if self._stopped or not queue:
+                    return
+                block = queue.popleft()
+            yield block
 
-    def _has_room(self, after: int) -> bool:
-        return self._over >= after or self._wait_for(lambda: self._over >= after)
+    def _has_room(self) -> bool:
+        return self._windows[self._blocks[0][0]].after <= self._over
 
     def _count(self, number: int) -> None:
         with self._changed:
@@ -227,7 +230,6 @@ class Relay:
     def _stop(self) -> None:
         with self._changed:
             self._stopped = True
-            self._blocks.clear()
             self._changed.notify_all()
 
     def _exchange(self) -> None:
