@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests import models
+from tests.command import start
+from tests.disk import fork, lacking
 from tests.hub_server import Hub
 from weightctl.config import Config
 from weightctl.errors import IntegrityError, UsageError
@@ -155,6 +159,40 @@ def test_no_cache_fetches_only_what_the_volume_lacks(hub: Hub, volume: Path) -> 
     assert sum(hub.fetched().values()) == 2
     assert (first.path / "model.safetensors").samefile(second.path / "model.safetensors")
     assert models.contents(second.path) == {**HUB_MODEL, "config.json": b"[]"}
+
+
+def test_no_cache_copies_inside_a_volume_that_has_no_links(hub: Hub, volume: Path) -> None:
+    hub.add("org/name", HUB_MODEL)
+    first = push("org/name", volume, no_cache=True)
+    hub.add("org/name", {**HUB_MODEL, "config.json": b"[]"})
+    hub.requests.clear()
+
+    def push_without_links() -> None:
+        lacking("link")
+        second = push("org/name", volume, no_cache=True)
+        assert second.copied_bytes + second.reused_bytes == second.bytes
+        assert not (first.path / "model.safetensors").samefile(second.path / "model.safetensors")
+        assert models.contents(second.path) == {**HUB_MODEL, "config.json": b"[]"}
+
+    assert os.waitstatus_to_exitcode(os.waitpid(fork(push_without_links), 0)[1]) == 0
+    assert sum(hub.fetched().values()) == 2
+    assert list((volume / ".weightctl" / "staging").iterdir()) == []
+
+
+def test_no_cache_goes_on_after_a_kill(hub: Hub, volume: Path, home: Path) -> None:
+    """What the killed push had downloaded is not fetched again, and nothing of it was published."""
+    large = {f"model-0000{shard}-of-00003.safetensors": os.urandom(6 << 20) for shard in (1, 2, 3)}
+    hub.add("org/name", {**HUB_MODEL, **large})
+    process = start("push-volume", "org/name", volume, "--no-cache", "--workers", 1)
+    models.kill_at(process, volume / ".weightctl" / "staging", 8 << 20)
+    assert process.returncode == -signal.SIGKILL
+    assert not (volume / "org").exists()
+    hub.requests.clear()
+    result = push("org/name", volume, no_cache=True)
+    assert models.contents(result.path) == {**HUB_MODEL, **large}
+    assert sum(hub.fetched().values()) < result.bytes
+    assert models.bytes_in(home / "hf") < 1000
+    assert list((volume / ".weightctl" / "staging").iterdir()) == []
 
 
 def test_no_cache_uses_what_the_cache_has(hub: Hub, volume: Path) -> None:
