@@ -85,10 +85,14 @@ def expected(tensors: Mapping[str, torch.Tensor], plan: Mapping[str, int], rank:
     cut = {}
     for name, tensor in tensors.items():
         dimension = next((dimension for glob, dimension in plan.items() if fnmatch.fnmatchcase(name, glob)), None)
-        chunks = () if dimension is None else tensor.chunk(size, dimension)
         if dimension is not None:
-            tensor = chunks[rank] if rank < len(chunks) else tensor.narrow(dimension, 0, 0)
-        cut[name] = tensor.contiguous()
+            whole = (
+                tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+            )  # a copy of bools makes them 0 or 1
+            chunks = whole.chunk(size, dimension)
+            part = chunks[rank] if rank < len(chunks) else whole.narrow(dimension, 0, 0)
+            tensor = part.contiguous().view(tensor.dtype)
+        cut[name] = tensor
     return found(cut)
 
 

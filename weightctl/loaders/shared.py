@@ -26,7 +26,7 @@ from weightctl.loaders.ranks import Letter, Ranks, Team, check_backend, this_hos
 from weightctl.loaders.reading import Source
 from weightctl.loaders.safetensors import own_checkpoint
 from weightctl.loaders.slices import Plan, cuts
-from weightctl.loaders.windows import DEPTH, Asked, Window, schedule
+from weightctl.loaders.windows import DEPTH, Asked, Exchange, Window, schedule
 from weightctl.model import Snapshot
 from weightctl.storage import in_parallel, pause
 
@@ -271,15 +271,16 @@ class Relay:
         assert exchange is not None
         failed = torch.zeros(self._team.size, dtype=torch.uint8, device=self.buffers.device)
         failed[self._team.index] = not brought
-        flags = failed.view(-1, 1).unbind()
-        told = [flags[self._team.index]] * self._team.size, flags
-        return _Begun(number, self._team.swap([exchange.parts(self.buffers, self._team), told]), failed)
+        stretch = self.buffers[exchange.buffer][exchange.first : exchange.last]
+        return _Begun(number, exchange, (*self._team.gather(stretch), *self._team.gather(failed)), failed)
 
     def _end(self, begun: _Begun) -> bool:
         """Whether some rank had failed before the exchange, which is now over."""
         for work in begun.works:
             work.wait()
-        failed = bool(begun.failed.any())
+        if columns := begun.exchange.columns:
+            columns.keep(self.buffers[begun.exchange.buffer], self.buffers)
+        failed = bool(begun.failed.any())  # waits for the device
         with self._changed:
             self._over = begun.number
             self._changed.notify_all()
@@ -292,6 +293,7 @@ class _Begun:
 
     number: int
     """Of its window."""
+    exchange: Exchange
     works: Sequence[Work]
     failed: torch.Tensor
     """A number of each rank: not 0, when it is over, if that had stopped."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,70 +25,53 @@ PART_BYTES = 128 << 20
 """What each rank brings before it is exchanged: many blocks, so that reading goes on meanwhile, and seldom, since each
 exchange costs Python as much as a few of them."""
 
-STAGE_BYTES = 32 << 20
-"""A tensor that is cut across its rows passes through so much of a rank's memory at a time. Of rows that are longer,
+STAGE_BYTES = 64 << 20
+"""A tensor that is cut across its rows passes through so much of each rank's memory at a time. Of rows that are longer,
 each rank reads its own stretches."""
 
 DEPTH = 3
-"""Exchanges under way at once. Each has two stages, if it needs any."""
+"""Exchanges under way at once, each with a stage of its own where it needs one."""
 
 
 @dataclass(frozen=True)
-class Gather:
-    """Each rank has brought an equal part of a stretch of a buffer, and gets the others' parts."""
+class Columns:
+    """A rank's stretch of each of some rows."""
+
+    rows: int
+    row_bytes: int
+    first: int
+    """Its first byte in a row."""
+    last: int
+    """The byte behind its last."""
+    buffer: int
+    place: int
+    """Where the stretches go, one after the other."""
+
+    def keep(self, stage: torch.Tensor, buffers: Buffers) -> None:
+        """Copy them out of the `stage` that begins with the rows, in words as long as they can be."""
+        import torch
+
+        nbytes = self.rows * (self.last - self.first)
+        if not nbytes:
+            return
+        to = buffers[self.buffer][self.place : self.place + nbytes]
+        word = math.gcd(8, self.first, self.last, self.row_bytes, self.place)
+        integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[word]
+        rows = stage[: self.rows * self.row_bytes].view(integer).view(self.rows, -1)
+        stretch = rows[:, self.first // word : self.last // word]
+        to.view(integer).view(stretch.shape).copy_(stretch)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Each rank of a host has brought an equal part of a stretch of a buffer, and gets the others' parts."""
 
     buffer: int
     first: int
     last: int
     """One byte behind the stretch."""
-
-    def parts(self, buffers: Buffers, team: Team) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-        """What goes to each rank of the host, and where what each sends goes: its own is there already."""
-        parts = buffers[self.buffer][self.first : self.last].view(team.size, -1).unbind()
-        return [parts[team.index]] * team.size, parts
-
-
-@dataclass(frozen=True)
-class Deal:
-    """Each rank has brought whole rows of a tensor to a stage, and gets its stretch of everyone's rows."""
-
-    stage: int
-    """The buffer that the rows lie in. The next is for what the other ranks get of them."""
-    rows: tuple[int, ...]
-    """That each rank of the host brings."""
-    row_bytes: int
-    stretches: tuple[tuple[int, int], ...]
-    """Of a row, for each rank of the host: its first byte, and the one behind its last."""
-    buffer: int
-    place: int
-    """Where this rank's stretches go, row after row."""
-
-    def parts(self, buffers: Buffers, team: Team) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-        """What goes to each rank of the host, and where what each sends goes: its own is brought there here."""
-        mine, widths = self.rows[team.index], [last - first for first, last in self.stretches]
-        sent = _in_turn(buffers[self.stage + 1], 0, [mine * width for width in widths])
-        received = _in_turn(buffers[self.buffer], self.place, [count * widths[team.index] for count in self.rows])
-        sent[team.index] = received[team.index]
-        rows = buffers[self.stage][: mine * self.row_bytes].view(mine, self.row_bytes)
-        for (first, last), part in zip(self.stretches, sent, strict=True):
-            if part.numel():
-                _copy_columns(rows, first, last, part)
-        return sent, received
-
-
-def _in_turn(buffer: torch.Tensor, place: int, lengths: Sequence[int]) -> list[torch.Tensor]:
-    ends = list(itertools.accumulate(lengths, initial=place))
-    return [buffer[first:last] for first, last in itertools.pairwise(ends)]
-
-
-def _copy_columns(rows: torch.Tensor, first: int, last: int, to: torch.Tensor) -> None:
-    """Copy the bytes from `first` to before `last` of each row to `to`, in words as long as they can be."""
-    import torch
-
-    word = math.gcd(8, first, last, rows.shape[1], int(to.storage_offset()))
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[word]
-    stretch = rows.view(integer)[:, first // word : last // word]
-    to.view(integer).view(stretch.shape).copy_(stretch)
+    columns: Columns | None = None
+    """What a rank then keeps of it, where the buffer is but a stage."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +81,7 @@ class Window:
     file: File
     buffer: int
     blocks: tuple[Block, ...]
-    exchange: Gather | Deal | None = None
+    exchange: Exchange | None = None
     """None for what the rank keeps for itself."""
     after: int = -1
     """The number of the window whose exchange must be over before, since it has the same stage."""
@@ -156,38 +139,36 @@ def _gathers(layout: Layout, buffer: int, nbytes: int, team: Team, block_bytes: 
         part = (last - first) // team.size
         begin = first + team.index * part
         runs = [run for whole in layout.runs if (run := whole.within(begin, begin + part))]
-        yield Window(layout.file, buffer, tuple(blocks_of(runs, block_bytes)), Gather(buffer, first, last))
+        yield Window(layout.file, buffer, tuple(blocks_of(runs, block_bytes)), Exchange(buffer, first, last))
 
 
 def _deals(entry: TensorEntry, asked: Asked, buffer: int, place: int, team: Team, block_bytes: int) -> Iterator[Window]:
     cut, tensor = asked.cuts[entry.name], described(entry)
     cast = Cast(tensor.dtype, asked.dtypes[entry.name]) if entry.name in asked.dtypes else None
     size, row = asked.itemsize(entry), cut.width * asked.itemsize(entry)
-    stretches = [cut.stretch(rank) for rank in team.ranks]
-    own = stretches[team.index][1] - stretches[team.index][0]
-    each = max(1, STAGE_BYTES // row)
+    start, stop = (element * size for element in cut.stretch(team.rank))
+    each = max(1, STAGE_BYTES // team.size // row)
     for first in range(0, cut.rows, team.size * each):
         count = min(team.size * each, cut.rows - first)
         share = -(-count // team.size)
-        rows = tuple(max(0, min(share, count - index * share)) for index in range(team.size))
+        mine = max(0, min(share, count - team.index * share))
         offset = entry.offset + (first + team.index * share) * cut.width * tensor.dtype.itemsize
-        run = Run(offset, rows[team.index] * cut.width * tensor.dtype.itemsize, 0, cast)
-        deal = Deal(
-            -1, rows, row, tuple((a * size, b * size) for a, b in stretches), buffer, place + first * own * size
-        )
-        yield Window(entry.file, -1, tuple(blocks_of([run], block_bytes)), deal)
+        run = Run(offset, mine * cut.width * tensor.dtype.itemsize, team.index * share * row, cast)
+        columns = Columns(count, row, start, stop, buffer, place + first * (stop - start))
+        exchange = Exchange(-1, 0, team.size * share * row, columns)
+        yield Window(entry.file, -1, tuple(blocks_of([run], block_bytes)), exchange)
 
 
 def _with_stages(shards: list[Shard], windows: list[Window]) -> tuple[list[Shard], list[Window]]:
-    """With buffers for the rows that are dealt out, used in turn."""
+    """With buffers for the rows of which each rank keeps a part, used in turn."""
     found = list(windows)
-    deals = [(number, window.exchange) for number, window in enumerate(windows) if isinstance(window.exchange, Deal)]
-    for turn, (number, deal) in enumerate(deals):
-        stage = len(shards) + turn % DEPTH * 2
-        after = deals[turn - DEPTH][0] if turn >= DEPTH else -1
+    staged = [(n, window.exchange) for n, window in enumerate(windows) if window.exchange and window.exchange.columns]
+    for turn, (number, exchange) in enumerate(staged):
+        stage = len(shards) + turn % DEPTH
+        after = staged[turn - DEPTH][0] if turn >= DEPTH else -1
         found[number] = dataclasses.replace(
-            windows[number], buffer=stage, exchange=dataclasses.replace(deal, stage=stage), after=after
+            windows[number], buffer=stage, exchange=dataclasses.replace(exchange, buffer=stage), after=after
         )
-    nbytes = max((max(deal.rows) * deal.row_bytes for _, deal in deals), default=0)
-    stages = [Shard(Path(), 0, nbytes, (), ())] * (2 * min(DEPTH, len(deals)))
+    nbytes = max((exchange.last for _, exchange in staged), default=0)
+    stages = [Shard(Path(), 0, nbytes + -nbytes % ALIGNMENT, (), ())] * min(DEPTH, len(staged))
     return [*shards, *stages], found
