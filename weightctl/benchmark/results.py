@@ -345,6 +345,6 @@ def _value(hint: Any, value: object, where: str) -> Any:
         return {key: _value(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if hint is float and type(value) in (int, float) and math.isfinite(number := float(value)) and number >= 0:  # type: ignore[arg-type]
         return number
-    if hint in (int, bool, str) and type(value) is hint and not (hint is int and value < 0):  # type: ignore[operator]
+    if hint in (int, bool, str) and type(value) is hint and not (hint is int and not 0 <= value < 1 << 63):  # type: ignore[operator]
         return value
     raise ValueError(f"{where} is {json.dumps(value)[:60]}")
