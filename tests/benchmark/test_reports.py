@@ -10,6 +10,8 @@ import json
 import math
 import re
 import struct
+import subprocess
+import sys
 import zlib
 from collections import Counter
 from html.parser import HTMLParser
@@ -348,6 +350,32 @@ def test_every_report_says_what_it_is() -> None:
         assert reports.get(name).summary
         assert reports.get(name).unavailable() is None
     assert set(reports.get("png").requires) == {"resvg_py", "font_roboto"}
+
+
+MISSING_PACKAGE = """
+from pathlib import Path
+from weightctl.benchmark.reports import Report, report_for, reports
+from weightctl.errors import NotInstalledError
+
+@reports.register("pdf")
+class PdfReport(Report):
+    summary = "on paper"
+    requires = {"no_such_module": "report"}
+
+    def render(self, result):
+        return b""
+
+try:
+    report_for(Path("bench.pdf"))
+except NotInstalledError as error:
+    print(error.exit_code, error.message, error.hint)
+"""
+
+
+def test_a_missing_package_is_told_before_anything_is_measured() -> None:
+    done = subprocess.run([sys.executable, "-c", MISSING_PACKAGE], capture_output=True, text=True, check=True)
+    expected = "2 pdf needs no_such_module, which is not installed pip install 'weightctl[report]'\n"
+    assert done.stdout == expected
 
 
 def test_numbers_beyond_a_machine_are_refused() -> None:

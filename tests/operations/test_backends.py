@@ -29,7 +29,7 @@ def test_every_kind_is_listed() -> None:
     assert {(row.kind, row.name) for row in rows} >= {
         ("source", "huggingface"), ("source", "directory"), ("image target", "layout"), ("volume", "directory"),
         ("strategy", "safetensors"), ("strategy", "transformers"), ("strategy", "torch"), ("strategy", "tensorizer"),
-        ("strategy", "pipelined"),
+        ("strategy", "pipelined"), ("report", "html"), ("report", "png"),
     }  # fmt: skip
     assert len({(row.kind, row.name) for row in rows}) == len(rows)
     for row in rows:

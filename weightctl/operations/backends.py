@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from weightctl.benchmark.reports import reports
 from weightctl.images import images
 from weightctl.loaders import loaders
 from weightctl.registry import Registry
@@ -26,7 +27,7 @@ class BackendStatus:
 
 def list_backends() -> list[BackendStatus]:
     """Every backend, by kind, in the order of registration."""
-    kinds: tuple[Registry[Any], ...] = (sources, images, volumes, loaders)
+    kinds: tuple[Registry[Any], ...] = (sources, images, volumes, loaders, reports)
     return [
         BackendStatus(kind.kind, name, reason is None, reason, kind.get(name).summary)
         for kind in kinds
