@@ -278,7 +278,7 @@ class Relay:
         """Whether some rank had failed before the exchange, which is now over."""
         for work in begun.works:
             work.wait()
-        if columns := begun.exchange.columns:
+        for columns in begun.exchange.columns:
             columns.keep(self.buffers[begun.exchange.buffer], self.buffers)
         failed = bool(begun.failed.any())  # waits for the device
         with self._changed:

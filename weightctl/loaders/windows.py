@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,12 +35,14 @@ DEPTH = 3
 
 @dataclass(frozen=True)
 class Columns:
-    """A rank's stretch of each of some rows."""
+    """A rank's stretch of each of some rows that lie in a stage."""
 
+    start: int
+    """Of the first row, in the stage."""
     rows: int
     row_bytes: int
     first: int
-    """Its first byte in a row."""
+    """The stretch's first byte in a row."""
     last: int
     """The byte behind its last."""
     buffer: int
@@ -48,16 +50,13 @@ class Columns:
     """Where the stretches go, one after the other."""
 
     def keep(self, stage: torch.Tensor, buffers: Buffers) -> None:
-        """Copy them out of the `stage` that begins with the rows, in words as long as they can be."""
+        """Copy them out of the stage, in words as long as they can be."""
         import torch
 
-        nbytes = self.rows * (self.last - self.first)
-        if not nbytes:
-            return
-        to = buffers[self.buffer][self.place : self.place + nbytes]
-        word = math.gcd(8, self.first, self.last, self.row_bytes, self.place)
+        to = buffers[self.buffer][self.place : self.place + self.rows * (self.last - self.first)]
+        word = math.gcd(8, self.start, self.first, self.last, self.row_bytes, self.place)
         integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[word]
-        rows = stage[: self.rows * self.row_bytes].view(integer).view(self.rows, -1)
+        rows = stage[self.start : self.start + self.rows * self.row_bytes].view(integer).view(self.rows, -1)
         stretch = rows[:, self.first // word : self.last // word]
         to.view(integer).view(stretch.shape).copy_(stretch)
 
@@ -70,7 +69,7 @@ class Exchange:
     first: int
     last: int
     """One byte behind the stretch."""
-    columns: Columns | None = None
+    columns: tuple[Columns, ...] = ()
     """What a rank then keeps of it, where the buffer is but a stage."""
 
 
@@ -124,9 +123,8 @@ def schedule(asked: Asked, team: Team, block_bytes: int) -> tuple[list[Shard], l
         for layout in lay_out(cut, asked.dtypes, parts):
             shards.append(layout.shard())
             windows.append(Window(file, len(shards) - 1, tuple(blocks_of(layout.runs, block_bytes))))
-            for entry, placed in zip(cut, layout.tensors, strict=True):
-                if asked.is_dealt(entry):
-                    windows += _deals(entry, asked, len(shards) - 1, placed.place, team, block_bytes)
+            places = [(e, placed.place) for e, placed in zip(cut, layout.tensors, strict=True) if asked.is_dealt(e)]
+            windows += _deals(places, asked, len(shards) - 1, team, block_bytes)
     return _with_stages(shards, windows)
 
 
@@ -142,27 +140,91 @@ def _gathers(layout: Layout, buffer: int, nbytes: int, team: Team, block_bytes: 
         yield Window(layout.file, buffer, tuple(blocks_of(runs, block_bytes)), Exchange(buffer, first, last))
 
 
-def _deals(entry: TensorEntry, asked: Asked, buffer: int, place: int, team: Team, block_bytes: int) -> Iterator[Window]:
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of a tensor that pass through a stage, the same number of them from each rank, as far as there are."""
+
+    entry: TensorEntry
+    cast: Cast | None
+    first: int
+    count: int
+    share: int
+    read_bytes: int
+    """Of a row in the file."""
+    row_bytes: int
+    """When it has arrived."""
+    stretch: tuple[int, int]
+    """This rank's first byte of a row that has arrived, and the one behind its last."""
+    place: int
+    """Where this rank's stretch of the first row goes."""
+
+    @property
+    def part_bytes(self) -> int:
+        """What each rank's rows take in the stage."""
+        nbytes = self.share * self.row_bytes
+        return nbytes + -nbytes % ALIGNMENT
+
+    def of(self, index: int) -> int:
+        """How many come from the rank that is `index` on its host."""
+        return max(0, min(self.share, self.count - index * self.share))
+
+    def run(self, index: int, start: int) -> Run:
+        """What that rank reads, to `start` in the stage."""
+        offset = self.entry.offset + (self.first + index * self.share) * self.read_bytes
+        return Run(offset, self.of(index) * self.read_bytes, start, self.cast)
+
+    def columns(self, index: int, start: int, buffer: int) -> Columns:
+        """What this rank keeps of what that one has brought to `start`."""
+        first, last = self.stretch
+        place = self.place + index * self.share * (last - first)
+        return Columns(start, self.of(index), self.row_bytes, first, last, buffer, place)
+
+
+def _deals(
+    dealt: Sequence[tuple[TensorEntry, int]], asked: Asked, buffer: int, team: Team, block_bytes: int
+) -> Iterator[Window]:
+    """Of tensors of one file, each with its place in the buffer: small ones go together, since an exchange takes
+    milliseconds."""
+    together: list[_Rows] = []
+    for rows in itertools.chain.from_iterable(_in_stages(entry, place, asked, team) for entry, place in dealt):
+        if together and sum(one.part_bytes for one in (*together, rows)) > STAGE_BYTES // team.size:
+            yield _dealt(together, buffer, team, block_bytes)
+            together = []
+        together.append(rows)
+    if together:
+        yield _dealt(together, buffer, team, block_bytes)
+
+
+def _in_stages(entry: TensorEntry, place: int, asked: Asked, team: Team) -> Iterator[_Rows]:
     cut, tensor = asked.cuts[entry.name], described(entry)
     cast = Cast(tensor.dtype, asked.dtypes[entry.name]) if entry.name in asked.dtypes else None
-    size, row = asked.itemsize(entry), cut.width * asked.itemsize(entry)
+    size = asked.itemsize(entry)
+    read_bytes, row_bytes = cut.width * tensor.dtype.itemsize, cut.width * size
     start, stop = (element * size for element in cut.stretch(team.rank))
-    each = max(1, STAGE_BYTES // team.size // row)
+    each = max(1, STAGE_BYTES // team.size // row_bytes)
     for first in range(0, cut.rows, team.size * each):
         count = min(team.size * each, cut.rows - first)
-        share = -(-count // team.size)
-        mine = max(0, min(share, count - team.index * share))
-        offset = entry.offset + (first + team.index * share) * cut.width * tensor.dtype.itemsize
-        run = Run(offset, mine * cut.width * tensor.dtype.itemsize, team.index * share * row, cast)
-        columns = Columns(count, row, start, stop, buffer, place + first * (stop - start))
-        exchange = Exchange(-1, 0, team.size * share * row, columns)
-        yield Window(entry.file, -1, tuple(blocks_of([run], block_bytes)), exchange)
+        target = place + first * (stop - start)
+        yield _Rows(entry, cast, first, count, -(-count // team.size), read_bytes, row_bytes, (start, stop), target)
+
+
+def _dealt(together: Sequence[_Rows], buffer: int, team: Team, block_bytes: int) -> Window:
+    *starts, part = itertools.accumulate((rows.part_bytes for rows in together), initial=0)
+    runs = [rows.run(team.index, team.index * part + start) for rows, start in zip(together, starts, strict=True)]
+    columns = tuple(
+        rows.columns(index, index * part + start, buffer)
+        for rows, start in zip(together, starts, strict=True)
+        for index in range(team.size)
+        if rows.of(index)
+    )
+    exchange = Exchange(-1, 0, team.size * part, columns)
+    return Window(together[0].entry.file, -1, tuple(blocks_of(runs, block_bytes)), exchange)
 
 
 def _with_stages(shards: list[Shard], windows: list[Window]) -> tuple[list[Shard], list[Window]]:
     """With buffers for the rows of which each rank keeps a part, used in turn."""
     found = list(windows)
-    staged = [(n, window.exchange) for n, window in enumerate(windows) if window.exchange and window.exchange.columns]
+    staged = [(n, window.exchange) for n, window in enumerate(windows) if window.exchange and window.buffer < 0]
     for turn, (number, exchange) in enumerate(staged):
         stage = len(shards) + turn % DEPTH
         after = staged[turn - DEPTH][0] if turn >= DEPTH else -1
@@ -170,5 +232,5 @@ def _with_stages(shards: list[Shard], windows: list[Window]) -> tuple[list[Shard
             windows[number], buffer=stage, exchange=dataclasses.replace(exchange, buffer=stage), after=after
         )
     nbytes = max((exchange.last for _, exchange in staged), default=0)
-    stages = [Shard(Path(), 0, nbytes + -nbytes % ALIGNMENT, (), ())] * min(DEPTH, len(staged))
+    stages = [Shard(Path(), 0, nbytes, (), ())] * min(DEPTH, len(staged))
     return [*shards, *stages], found
