@@ -1,4 +1,4 @@
-"""One load by several processes, each with a device of its own: how they meet, and when all of them are ready."""
+"""One load by several processes, each with a device of its own: how they meet, load and are judged."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from weightctl.errors import UsageError
+from weightctl.loaders import Loader
 from weightctl.loaders.ranks import translated_group_errors
+from weightctl.loaders.shared import Wanted, load_together
+from weightctl.model import Snapshot
 
 if TYPE_CHECKING:
+    import torch
     from torch.distributed import ProcessGroup
 
 
@@ -26,15 +30,21 @@ class Meeting:
     """None, if it is alone."""
 
     def wait(self) -> None:
-        """Until all have come here, and what their devices had to do is done."""
+        """Until all have come here."""
         import torch
         from torch import distributed
 
         if self.group is not None:
             with translated_group_errors():
                 distributed.all_reduce(torch.zeros(1, device=self.device), group=self.group)
-        if self.device != "cpu":
-            torch.cuda.synchronize(self.device)
+                if self.device != "cpu":
+                    torch.cuda.synchronize(self.device)
+
+    def load(self, loader: Loader, snapshot: Snapshot) -> dict[str, torch.Tensor]:
+        """What this one gets: by `pipelined` together with the others, by any other strategy for itself."""
+        if self.group is None or loader.name != "pipelined":
+            return loader.load(snapshot, self.device)
+        return load_together(self.group, self.device, lambda: Wanted(snapshot, self.device))
 
 
 def invitations(job: Mapping[str, Any], size: int, store: str) -> list[dict[str, Any]]:
@@ -43,12 +53,13 @@ def invitations(job: Mapping[str, Any], size: int, store: str) -> list[dict[str,
 
 
 @contextlib.contextmanager
-def meeting(job: Mapping[str, Any], device: str, timeout: float) -> Iterator[Meeting]:
-    """Meet those who have the other jobs. Raises UsageError if there is no device for this one.
+def meeting(job: Mapping[str, Any]) -> Iterator[Meeting]:
+    """Meet those who have the other jobs. Raises UsageError if there are too few devices.
 
-    Who does not come within `timeout` seconds is an error for all.
+    Who does not come within the job's `timeout` (seconds) is an error for all.
     """
-    if job.get("ranks", 1) == 1:
+    device: str = job["device"]
+    if job["ranks"] == 1:
         yield Meeting(device)
         return
     import torch
@@ -65,10 +76,10 @@ def meeting(job: Mapping[str, Any], device: str, timeout: float) -> Iterator[Mee
     with translated_group_errors():
         distributed.init_process_group(
             "gloo" if device == "cpu" else "nccl",
-            store=distributed.FileStore(job["store"], size),
+            init_method=f"file://{job['store']}",
             rank=rank,
             world_size=size,
-            timeout=timedelta(seconds=timeout),
+            timeout=timedelta(seconds=job["timeout"]),
         )
     try:
         yield Meeting(device, rank, distributed.group.WORLD)

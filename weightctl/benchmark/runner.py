@@ -9,52 +9,65 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from weightctl.benchmark.statistics import Run
+from weightctl.benchmark.meeting import invitations, together
+from weightctl.benchmark.hashing import Fingerprint
+from weightctl.benchmark.results import Run
 from weightctl.errors import IntegrityError, UsageError, WeightctlError
 from weightctl.loaders import Loader
 from weightctl.model import Snapshot
+from weightctl.storage import in_parallel
 
 _START = "import sys; sys.path[:] = sys.argv[1:]; from weightctl.benchmark.child import main; main()"
 """Imports what this process imports, and nothing from the working directory, which `-m` would: it may be a model's."""
 
 
-def run_load(
-    loader: Loader,
-    snapshot: Snapshot,
-    model: Snapshot,
-    *,
-    weights: list[Path],
-    device: str,
-    cache: str,
-    threads: int,
-    timeout: float,
-) -> Run:
-    """Load `snapshot` once in a fresh process and compare it with `model`.
+@dataclass(frozen=True)
+class Job:
+    """What every load of a bench has in common."""
 
-    `weights` are the files that are read beforehand and, for a cold cache, dropped from it. `timeout` (seconds) is
-    for the whole process.
+    device: str
+    threads: int
+    timeout: float
+    """Seconds, for the whole process."""
+    key: bytes
+    expected: tuple[Fingerprint, ...]
+    """Of the model's own tensors, by `key`."""
+    drop_caches: bool = False
+    construct: bool = False
+
+
+def run_load(loader: Loader, snapshot: Snapshot, cache: str, round: int, job: Job) -> Run:
+    """Load `snapshot` once in a fresh process, and compare what that gives with `job.expected`.
+
+    Its files are read beforehand and, for a cold cache, dropped from it. However the load ends, that is a `Run`.
     """
-    job = {
+    given = {
+        "job": "load",
         "strategy": loader.name,
         "module": type(loader).__module__,
         "snapshot": _plain(snapshot),
-        "model": _plain(model),
-        "weights": [str(path) for path in weights],
-        "device": device,
+        "files": [str(file.source) for file in snapshot.files if file.size],
+        "device": job.device,
         "cache": cache,
-        "threads": threads,
+        "threads": job.threads,
+        "key": job.key.hex(),
+        "expected": [(each.name, each.dtype, each.shape, each.digest) for each in job.expected],
+        "drop_caches": job.drop_caches,
+        "construct": job.construct,
     }
     try:
-        outcome = run_job(job, timeout)
+        outcome = run_job(given, job.timeout)
     except WeightctlError as error:
-        return Run("failed", error.message)
-    if outcome["difference"]:
-        return Run("failed", f"it loaded something else: {outcome['difference']}")
-    return Run("ok", None, outcome["seconds"], outcome["peak_host_bytes"], outcome["peak_device_bytes"])
+        return Run(round, "failed", error.message)
+    if difference := outcome.pop("difference"):
+        return Run(round, "failed", f"it loaded something else: {difference}")
+    mark = "it was the warm-up" if round == 0 else outcome.pop("mark")
+    return Run(round, "ok", **{**outcome, "mark": mark})
 
 
 def run_job(job: Mapping[str, Any], timeout: float) -> dict[str, Any]:
@@ -68,7 +81,9 @@ def run_job(job: Mapping[str, Any], timeout: float) -> dict[str, Any]:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
         )
         try:
-            output, _ = process.communicate(json.dumps({**job, "parent": os.getpid()}).encode(), timeout)
+            output, _ = process.communicate(
+                json.dumps({**job, "parent": os.getpid(), "began": time.monotonic()}).encode(), timeout
+            )
         except subprocess.TimeoutExpired:
             raise WeightctlError(f"it was stopped: it had not ended after {timeout:g} seconds") from None
         finally:

@@ -35,6 +35,16 @@ def bench(
     runs: Annotated[
         int | None, typer.Option(metavar="N", help="Measured runs of each row [default: 3].", show_default=False)
     ] = None,
+    nproc: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=64,
+            help="Load in N processes at once, each to a device of its own.",
+            show_default=False,
+        ),
+    ] = 1,
     timeout: Annotated[
         int | None, typer.Option(metavar="S", help="Stop a run after S seconds [default: 600].", show_default=False)
     ] = None,
@@ -63,8 +73,9 @@ def bench(
     given = {"device": device, "runs": runs, "timeout": timeout, "workers": workers, "cache_dir": cache_dir}
     with ui.progress() as progress:
         result = run(
-            model, strategies=strategy or (), caches=cache or (), scratch=scratch, output=output, revision=revision,
-            include=include or (), exclude=exclude or (), config=Config.load(given), progress=progress,
+            model, strategies=strategy or (), caches=cache or (), nproc=nproc, scratch=scratch, output=output,
+            revision=revision, include=include or (), exclude=exclude or (), config=Config.load(given),
+            progress=progress,
         )  # fmt: skip
     if json:
         ui.show_json(result)

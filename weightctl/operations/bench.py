@@ -48,6 +48,7 @@ def bench(
     *,
     strategies: Sequence[str] = (),
     caches: Sequence[str] = (),
+    nproc: int = 1,
     scratch: Path | None = None,
     output: Path | None = None,
     revision: str | None = None,
@@ -57,6 +58,9 @@ def bench(
     progress: Progress,
 ) -> BenchResult:
     """Load `model` with each of `strategies` (all, unless given), `config.runs` times, in rounds that interleave them.
+
+    With `nproc`, that many processes load at once, each to a device of its own: `pipelined` shares the reads between
+    them, the others load for themselves, and a run takes as long as the slowest.
 
     Where a strategy's format is missing, the model is converted to it first, into `scratch` (kept, and used again) or
     a temporary directory. The result so far is saved to `output` after every run. A strategy that cannot run, fails,
@@ -75,6 +79,7 @@ def bench(
     if not stored.bytes:
         raise UsageError(f"the tensors of {snapshot.name} have no bytes", "there is nothing to time")
     machine = run_job({"device": config.device}, config.timeout)
+    machine["environment"]["processes"] = nproc
     device = machine["environment"]["device"]
     ceilings = {**_read_ceilings(_weight_paths(snapshot), caches, config), **machine["ceilings"]}
     about = {
@@ -95,7 +100,7 @@ def bench(
                     continue
                 run = run_load(
                     loader, form, snapshot, weights=_weight_paths(form), device=device, cache=cache,
-                    threads=config.workers, timeout=config.timeout,
+                    threads=config.workers, timeout=config.timeout, nproc=nproc,
                 )  # fmt: skip
                 past.append(run)
                 progress.note(f"{loader.name}, {cache}: {run.status}, run {len(past)} of {config.runs}")
