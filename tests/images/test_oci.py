@@ -9,13 +9,14 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import models
 from tests.images.conformance import plan, plan_of
 from weightctl.digests import DigestCache
 from weightctl.errors import IntegrityError, UsageError
+from weightctl.images.bases import choose
 from weightctl.images.layers import LayerPlan, remembered_layer, write_layer
 from weightctl.images.oci import CONFIG, LAYER, Descriptor, ImageName, WrittenLayer
 from weightctl.images.plan import check_created, check_directory, check_platform
@@ -44,6 +45,9 @@ def members(tar: bytes) -> list[tarfile.TarInfo]:
         ("llama", "llama:latest", "docker.io/library/llama:latest"),
         ("llama:7b", "llama:7b", "docker.io/library/llama:7b"),
         ("org/llama:v1.0_x-y", "org/llama:v1.0_x-y", "docker.io/org/llama:v1.0_x-y"),
+        ("docker.io/llama", "docker.io/llama:latest", "docker.io/library/llama:latest"),
+        ("index.docker.io/llama:t", "index.docker.io/llama:t", "docker.io/library/llama:t"),
+        ("registry-1.docker.io/o/m:t", "registry-1.docker.io/o/m:t", "docker.io/o/m:t"),
         ("localhost/llama", "localhost/llama:latest", "localhost/llama:latest"),
         ("localhost:5000/a/b/c:t", "localhost:5000/a/b/c:t", "localhost:5000/a/b/c:t"),
         ("registry:5000/llama:t", "registry:5000/llama:t", "registry:5000/llama:t"),
@@ -91,6 +95,29 @@ def test_checks_return_what_is_right() -> None:
         assert check_created(time) == time
 
 
+def entry(platform: str) -> dict[str, object]:
+    os_name, architecture, *variant = platform.split("/")
+    return {"platform": {"os": os_name, "architecture": architecture, "variant": variant[0] if variant else ""}}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        ("linux/arm64", "linux/arm64/v8"), ("linux/arm64/v8", "linux/arm64/v8"), ("linux/amd64", "linux/amd64"),
+        ("linux/amd64/v1", "linux/amd64"), ("linux/arm", "linux/arm/v7"), ("linux/arm/v6", "linux/arm/v6"),
+    ],
+)  # fmt: skip
+def test_one_platform_goes_by_several_names(wanted: str, found: str) -> None:
+    index = [entry(name) for name in ("linux/amd64", "linux/arm/v6", "linux/arm/v7", "linux/arm64/v8", "unknown/x")]
+    assert choose(index, wanted, "it") == entry(found)
+
+
+@pytest.mark.parametrize("wanted", ["linux/amd64/v3", "linux/arm64/v9", "windows/amd64", "linux/arm/v5"])
+def test_another_variant_is_another_platform(wanted: str) -> None:
+    with pytest.raises(UsageError, match="has no image for"):
+        choose([entry("linux/amd64"), entry("linux/arm64"), entry("linux/arm/v7")], wanted, "it")
+
+
 @pytest.mark.parametrize("platform", ["", "linux", "linux/", "Linux/AMD64", "a/b/c/d", "linux/amd64\n"])
 def test_no_platforms(platform: str) -> None:
     with pytest.raises(UsageError, match="not a platform"):
@@ -111,6 +138,7 @@ component = st.text(
 path = st.lists(component, min_size=1, max_size=5).map("/".join)
 
 
+@settings(deadline=None)
 @given(st.lists(path, min_size=1, max_size=8, unique=True))
 def test_any_paths_read_back(tmp_path_factory: pytest.TempPathFactory, paths: list[str]) -> None:
     """No path here may be both a file and a directory, which no filesystem would hold either."""

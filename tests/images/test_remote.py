@@ -132,6 +132,28 @@ def test_the_command_prints_the_digest_and_nothing_else(registry: str, model: Pa
         assert verified.code == 0, verified.stderr
 
 
+@pytest.mark.parametrize(
+    ("repository", "cap"),
+    [
+        ("ghcr.io/o/m", 10 * 10**9), ("public.ecr.aws/o/m", 10_000 << 20),
+        ("123456789012.dkr.ecr.eu-west-1.amazonaws.com/m", 52_000 << 20),
+    ],
+)  # fmt: skip
+def test_a_layer_that_the_registry_does_not_take_is_refused_first(repository: str, cap: int, tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    with (tmp_path / "m" / "model.safetensors").open("wb") as stream:
+        stream.truncate(cap + 1)
+    done = weightctl("bake", tmp_path / "m", "--to", "registry", "--tag", f"{repository}:v1")
+    assert done.code == 1
+    for words in (
+        "model.safetensors makes a layer of",
+        f"takes {cap} at most",
+        "smaller shards",
+        "nothing was written",
+    ):
+        assert words in done.stderr
+
+
 def test_what_is_there_is_not_sent(proxy: ChaosProxy, model: Path) -> None:
     bake(model, f"{proxy.host}/there:v1")
     proxy.body_bytes.clear()

@@ -30,7 +30,7 @@ def choose(entries: Sequence[Json], platform: str | None, what: str) -> Json:
     """
     named = [(entry, _platform(entry.get("platform") or {})) for entry in entries]
     runnable = [(entry, name) for entry, name in named if not name.startswith("unknown/")]
-    wanted = [entry for entry, name in runnable if platform in (None, name) or not name]
+    wanted = [entry for entry, name in runnable if not (platform and name) or same_platform(platform, name)]
     if len(wanted) == 1:
         return wanted[0]
     known = ", ".join(sorted({name or "not said" for _, name in runnable})) or "none"
@@ -64,6 +64,20 @@ def base_image(
         raise IntegrityError(f"{name} has {len(blobs)} layers, its config lists {len(diff_ids)}")
     layers = tuple(WrittenLayer(blob, diff_id) for blob, diff_id in zip(blobs, diff_ids, strict=True))
     return BaseImage(name, config, layers, open_blob, repository)
+
+
+VARIANTS = {"amd64/v1": "amd64", "arm64/v8": "arm64", "arm64/8": "arm64", "arm": "arm/v7", "arm/7": "arm/v7"}
+"""Machines that go by another name, as containerd reads them (`platforms/database.go`)."""
+
+
+def same_platform(one: str, other: str) -> bool:
+    """Whether two platforms are one: `linux/arm64` and `linux/arm64/v8` are, and so are `linux/arm` and its v7."""
+    return _normal(one) == _normal(other)
+
+
+def _normal(platform: str) -> tuple[str, str]:
+    os_name, _, machine = platform.partition("/")
+    return os_name, VARIANTS.get(machine, machine)
 
 
 def platform_of(base: BaseImage) -> str:

@@ -20,6 +20,8 @@ LAYER_ZSTD = f"{LAYER}+zstd"
 NAME_ANNOTATION = "io.containerd.image.name"
 TAG_ANNOTATION = "org.opencontainers.image.ref.name"
 DIGEST = re.compile("sha256:[0-9a-f]{64}")
+DOCKER_HUB = (None, "docker.io", "index.docker.io", "registry-1.docker.io")
+"""What stands for Docker Hub as a name's registry."""
 MAX_JSON_BYTES = 4 << 20
 """What registries commonly accept of a manifest."""
 
@@ -54,10 +56,10 @@ class ImageName:
 
     @property
     def canonical(self) -> str:
-        """With the registry that engines assume."""
-        if self.registry:
+        """In full, as engines read it: `foo` and `index.docker.io/foo` are both `docker.io/library/foo:latest`."""
+        if self.registry not in DOCKER_HUB:
             return str(self)
-        return f"docker.io/{'' if '/' in self.repository else 'library/'}{self}"
+        return f"docker.io/{'' if '/' in self.repository else 'library/'}{self.repository}:{self.tag}"
 
 
 @dataclass(frozen=True)

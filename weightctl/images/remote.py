@@ -181,7 +181,12 @@ def _cap_problems(registry: str, plan: ImagePlan) -> Iterator[str]:
     for layer in plan.layers:
         if cap is not None and layer.size > cap:
             largest = max(layer.files, key=lambda file: file.size)
-            yield f"{largest.path} makes a layer of {layer.size} bytes, and {registry} takes {cap} at most"
+            remedy = (
+                "no layer can hold it: save the model in smaller shards, or choose another registry"
+                if largest.size > cap
+                else "fewer layers in the base leave more for the weights"
+            )
+            yield f"{largest.path} makes a layer of {layer.size} bytes, and {registry} takes {cap} at most; {remedy}"
 
 
 def _manifest(client: RegistryClient, digest: str) -> tuple[Descriptor, bytes]:

@@ -211,7 +211,7 @@ def _plan(
         dockerfile = render(recipe.template, facts(snapshot, path))
         base = f"docker:{DockerImages().build(dockerfile, recipe.platform, progress)}" if build else "scratch"
     image = open_base(base, recipe.platform, to.partition(":")[0], scratch, config=config)
-    platform = recipe.platform or (platform_of(image) if image else DEFAULT_PLATFORM)
+    platform = platform_of(image) if image else recipe.platform or DEFAULT_PLATFORM
     return plan_image(snapshot, path, platform, recipe.created, image, recipe.compression)
 
 

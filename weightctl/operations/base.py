@@ -9,7 +9,7 @@ from pathlib import Path
 from weightctl.config import Config
 from weightctl.errors import UsageError
 from weightctl.images import DockerImages, LayoutImages, RemoteImages
-from weightctl.images.bases import platform_of
+from weightctl.images.bases import platform_of, same_platform
 from weightctl.images.oci import BaseImage
 
 
@@ -36,6 +36,6 @@ def open_base(spec: str, platform: str | None, target: str, scratch: ExitStack, 
         raise UsageError(f"the engine has no image {rest!r}", "docker pull it, or name a registry's image with --base")
     if base is None:
         base = RemoteImages(rest if kind == "registry" else spec).open_base(platform, config=config)
-    if platform not in (None, platform_of(base)):
+    if platform and not same_platform(platform, platform_of(base)):
         raise UsageError(f"the base {spec} is for {platform_of(base)}, not for {platform}")
     return base
