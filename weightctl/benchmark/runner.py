@@ -9,14 +9,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from weightctl.benchmark.meeting import invitations, together
-from weightctl.benchmark.hashing import Fingerprint
-from weightctl.benchmark.results import Run
+from weightctl.benchmark.statistics import Run
 from weightctl.errors import IntegrityError, UsageError, WeightctlError
 from weightctl.loaders import Loader
 from weightctl.model import Snapshot
@@ -26,48 +24,43 @@ _START = "import sys; sys.path[:] = sys.argv[1:]; from weightctl.benchmark.child
 """Imports what this process imports, and nothing from the working directory, which `-m` would: it may be a model's."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """What every load of a bench has in common."""
+def run_load(
+    loader: Loader,
+    snapshot: Snapshot,
+    model: Snapshot,
+    *,
+    weights: list[Path],
+    device: str,
+    cache: str,
+    threads: int,
+    timeout: float,
+    nproc: int = 1,
+) -> Run:
+    """Load `snapshot` once in a fresh process, or in `nproc` at once, and compare it with `model`.
 
-    device: str
-    threads: int
-    timeout: float
-    """Seconds, for the whole process."""
-    key: bytes
-    expected: tuple[Fingerprint, ...]
-    """Of the model's own tensors, by `key`."""
-    drop_caches: bool = False
-    construct: bool = False
-
-
-def run_load(loader: Loader, snapshot: Snapshot, cache: str, round: int, job: Job) -> Run:
-    """Load `snapshot` once in a fresh process, and compare what that gives with `job.expected`.
-
-    Its files are read beforehand and, for a cold cache, dropped from it. However the load ends, that is a `Run`.
+    `weights` are the files that are read beforehand and, for a cold cache, dropped from it. `timeout` (seconds) is
+    for the whole process.
     """
-    given = {
-        "job": "load",
+    job = {
         "strategy": loader.name,
         "module": type(loader).__module__,
         "snapshot": _plain(snapshot),
-        "files": [str(file.source) for file in snapshot.files if file.size],
-        "device": job.device,
+        "model": _plain(model),
+        "weights": [str(path) for path in weights],
+        "device": device,
         "cache": cache,
-        "threads": job.threads,
-        "key": job.key.hex(),
-        "expected": [(each.name, each.dtype, each.shape, each.digest) for each in job.expected],
-        "drop_caches": job.drop_caches,
-        "construct": job.construct,
+        "threads": threads,
+        "timeout": timeout,
     }
     try:
-        outcome = run_job(given, job.timeout)
+        with tempfile.TemporaryDirectory() as scratch:
+            jobs = invitations(job, nproc, f"{scratch}/store")
+            outcome = together(in_parallel(lambda one: run_job(one, timeout), jobs, nproc))
     except WeightctlError as error:
-        return Run(round, "failed", error.message)
-    if difference := outcome.pop("difference"):
-        return Run(round, "failed", f"it loaded something else: {difference}")
-    mark = "it was the warm-up" if round == 0 else outcome.pop("mark")
-    return Run(round, "ok", **{**outcome, "mark": mark})
+        return Run("failed", error.message)
+    if outcome["difference"]:
+        return Run("failed", f"it loaded something else: {outcome['difference']}")
+    return Run("ok", None, outcome["seconds"], outcome["peak_host_bytes"], outcome["peak_device_bytes"])
 
 
 def run_job(job: Mapping[str, Any], timeout: float) -> dict[str, Any]:
@@ -81,9 +74,7 @@ def run_job(job: Mapping[str, Any], timeout: float) -> dict[str, Any]:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
         )
         try:
-            output, _ = process.communicate(
-                json.dumps({**job, "parent": os.getpid(), "began": time.monotonic()}).encode(), timeout
-            )
+            output, _ = process.communicate(json.dumps({**job, "parent": os.getpid()}).encode(), timeout)
         except subprocess.TimeoutExpired:
             raise WeightctlError(f"it was stopped: it had not ended after {timeout:g} seconds") from None
         finally:
