@@ -56,6 +56,15 @@ def _name(value: object) -> str:
     return value
 
 
+def _one_of(*allowed: str) -> dict[str, Any]:
+    def parse(value: object) -> object:
+        if value not in allowed:
+            raise ValueError
+        return value
+
+    return {"parse": parse, "allowed": ", ".join(allowed)}
+
+
 def _setting(parse: Callable[[object], object], allowed: str, meaning: str) -> dict[str, Any]:
     return {"parse": parse, "allowed": allowed, "meaning": meaning}
 
@@ -98,6 +107,40 @@ class Config:
     plain_http: bool = field(
         default=False,
         metadata=_setting(_switch, "true or false", "speak plain HTTP to a registry that has no TLS"),
+    )
+    safetensors_backend: str = field(
+        default="mmap",
+        metadata={
+            **_one_of("mmap", "pread", "prefetch"),
+            "meaning": "how the strategy safetensors reads (prefetch: safetensors 0.9, to CUDA devices)",
+        },
+    )
+    tensorizer_readers: int | None = field(
+        default=None,
+        metadata=_setting(
+            _integer(1, 256), "a whole number from 1 to 256", "threads of the strategy tensorizer (default: its choice)"
+        ),
+    )
+    tensorizer_key: Path | None = field(
+        default=None,
+        metadata=_setting(_path, "a file of 32 bytes", "the key that Tensorizer files are encrypted and read with"),
+    )
+    fastsafetensors_gds: bool = field(
+        default=False,
+        metadata=_setting(_switch, "true or false", "whether fastsafetensors uses GPUDirect Storage"),
+    )
+    runai_concurrency: int | None = field(
+        default=None,
+        metadata=_setting(
+            _integer(1, 256), "a whole number from 1 to 256", "threads of the strategy runai (default: its choice)"
+        ),
+    )
+    instanttensor_backend: str = field(
+        default="auto",
+        metadata={
+            **_one_of("auto", "buffered", "direct"),
+            "meaning": "how instanttensor reads: through the page cache, past it, or by what the cache holds",
+        },
     )
 
     @classmethod

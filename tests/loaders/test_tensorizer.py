@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from weightctl.errors import IntegrityError, WeightctlError
+from weightctl.errors import IntegrityError, UsageError, WeightctlError
 from weightctl.loaders.stored import stored
 from weightctl.loaders.tensorizer import EXTRAS, HEADER, TensorizerLoader, check_tensorizer
 from weightctl.progress import Progress, Task
@@ -108,3 +108,52 @@ def test_extras_that_lie_are_refused(tmp_path: Path, extras: object) -> None:
 def test_a_name_that_the_format_cannot_hold(tmp_path: Path) -> None:
     with pytest.raises(WeightctlError, match="cannot hold"):
         TensorizerLoader().write(stored({"x" * 70_000: WEIGHT}), tmp_path / "model.tensors", Task())
+
+
+@pytest.fixture
+def key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "key"
+    path.write_bytes(bytes(range(32)))
+    monkeypatch.setenv("WEIGHTCTL_TENSORIZER_KEY", str(path))
+    return path
+
+
+def test_an_encrypted_file(tmp_path: Path, key: Path, whole: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = tmp_path / "encrypted"
+    directory.mkdir()
+    before = WEIGHT.clone()
+    TensorizerLoader().write(stored(TENSORS), directory / "model.tensors", Task())
+    assert torch.equal(WEIGHT, before)
+    plain = WEIGHT.numpy().tobytes()
+    assert plain in whole
+    assert plain not in (directory / "model.tensors").read_bytes()
+    tensors = load(directory)
+    assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
+    assert check_tensorizer(directory / "model.tensors", progress=Progress()).problems == ()
+    (tmp_path / "model.tensors").write_bytes(whole)
+    assert load(tmp_path).keys() == TENSORS.keys()
+    key.write_bytes(bytes(32))
+    with pytest.raises(IntegrityError, match="encrypted with another key, or is damaged"):
+        load(directory)
+    key.write_bytes(bytes(31))
+    with pytest.raises(UsageError, match="is no key of 32 bytes"):
+        load(directory)
+    monkeypatch.delenv("WEIGHTCTL_TENSORIZER_KEY")
+    with pytest.raises(UsageError, match=r"model\.tensors is encrypted"):
+        load(directory)
+
+
+@pytest.mark.parametrize("readers", ["1", "3"])
+def test_readers(tmp_path: Path, whole: bytes, readers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEIGHTCTL_TENSORIZER_READERS", readers)
+    (tmp_path / "model.tensors").write_bytes(whole)
+    assert torch.equal(load(tmp_path)["weight"], WEIGHT)
+
+
+def test_a_part_is_read_and_converted(tmp_path: Path, whole: bytes) -> None:
+    (tmp_path / "model.tensors").write_bytes(whole)
+    dtypes = {"tied": torch.float16, "half": torch.float32}
+    found = TensorizerLoader().load_part(read_directory(tmp_path), "cpu", ["tied", "half"], dtypes)
+    assert found.keys() == {"tied", "half"}
+    assert torch.equal(found["tied"], WEIGHT.half())
+    assert found["half"].dtype == torch.float32

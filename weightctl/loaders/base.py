@@ -82,12 +82,9 @@ class Loader(Backend, ABC):
         Unless a loader can do better, it loads all of them first.
         """
         found = self.as_stored(self.load(snapshot, device), snapshot)
-        wanted = dtypes or {}
-        return {
-            name: tensor.to(wanted.get(name, tensor.dtype))
-            for name, tensor in found.items()
-            if names is None or name in names
-        }
+        for name in [name for name in found if names is not None and name not in names]:
+            del found[name]
+        return convert(found, dtypes)
 
     def as_stored(self, tensors: dict[str, torch.Tensor], snapshot: Snapshot) -> dict[str, torch.Tensor]:  # noqa: ARG002
         """What `load` returned, under the names that the model's files give: only a loader that renames differs."""
@@ -107,6 +104,14 @@ class FormatLoader(Loader):
     @abstractmethod
     def write(self, stored: Stored, path: Path, task: Task) -> None:
         """Write every tensor to the new file `path`, as few at a time as the format allows."""
+
+
+def convert(tensors: dict[str, torch.Tensor], dtypes: Mapping[str, torch.dtype] | None) -> dict[str, torch.Tensor]:
+    """`tensors`, those named in `dtypes` replaced one by one, so that no more than one is there twice."""
+    for name, dtype in (dtypes or {}).items():
+        if name in tensors:
+            tensors[name] = tensors[name].to(dtype)
+    return tensors
 
 
 loaders: Registry[Loader] = Registry("strategy")

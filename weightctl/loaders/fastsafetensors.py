@@ -1,10 +1,11 @@
-"""fastsafetensors, through host memory: GPUDirect Storage takes drivers that few machines have."""
+"""fastsafetensors, through host memory unless told otherwise: few machines have the drivers of GPUDirect Storage."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
+from weightctl.config import Config
 from weightctl.loaders.base import Loader, loaders, translated_library_errors
 from weightctl.loaders.safetensors import own_checkpoint
 from weightctl.model import Snapshot
@@ -15,9 +16,9 @@ if TYPE_CHECKING:
 
 @loaders.register("fastsafetensors")
 class FastSafetensorsLoader(Loader):
-    """`fastsafetensors.fastsafe_open(…, nogds=True)`."""
+    """`fastsafetensors.fastsafe_open`."""
 
-    summary = "the fastsafetensors library, without GPUDirect Storage"
+    summary = "the fastsafetensors library"
     requires: ClassVar[Mapping[str, str]] = {"torch": "torch", "fastsafetensors": "loaders"}
     formats = ("safetensors",)
 
@@ -30,9 +31,10 @@ class FastSafetensorsLoader(Loader):
         from fastsafetensors import fastsafe_open
 
         checkpoint = own_checkpoint(snapshot)
+        gds = Config.load().fastsafetensors_gds
         paths = [str(file.source) for file in checkpoint.files]
         with (
             translated_library_errors("fastsafetensors", snapshot),
-            fastsafe_open(paths, device="cuda:0" if device == "cuda" else device, nogds=True) as opened,
+            fastsafe_open(paths, device="cuda:0" if device == "cuda" else device, nogds=not gds) as opened,
         ):
             return {entry.name: opened.get_tensor(entry.name) for entry in checkpoint.tensors}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
+from weightctl.config import Config
 from weightctl.errors import UsageError
 from weightctl.loaders.base import Loader, loaders, translated_library_errors
 from weightctl.loaders.reading import is_cold
@@ -36,11 +37,14 @@ class InstantTensorLoader(Loader):
         checkpoint = own_checkpoint(snapshot)
         wanted = {entry.name for entry in checkpoint.tensors}
         with translated_library_errors("instanttensor", snapshot):
-            cold = any(is_cold(file.source, file.size) for file in checkpoint.files)
+            backend = Config.load().instanttensor_backend
+            if backend == "auto":
+                cold = any(is_cold(file.source, file.size) for file in checkpoint.files)
+                backend = "direct" if cold else "buffered"
             with instanttensor.safe_open(
                 [str(file.source) for file in checkpoint.files],
                 framework="pt",
                 device="cuda:0" if device == "cuda" else device,
-                backend=None if cold else instanttensor.BackendPolicy.BUFFERED,
+                backend=None if backend == "direct" else instanttensor.BackendPolicy.BUFFERED,
             ) as opened:
                 return {name: tensor for name, tensor in opened.tensors() if name in wanted}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
+from weightctl.config import Config
 from weightctl.loaders.base import Loader, loaders, translated_library_errors
 from weightctl.loaders.safetensors import own_checkpoint
 from weightctl.model import Snapshot
@@ -27,6 +29,8 @@ class RunaiLoader(Loader):
 
     def load(self, snapshot: Snapshot, device: str) -> dict[str, torch.Tensor]:
         """Every tensor is copied out of the library's buffer, which it uses again."""
+        if threads := Config.load().runai_concurrency:
+            os.environ["RUNAI_STREAMER_CONCURRENCY"] = str(threads)  # the only way that the library has
         from runai_model_streamer import SafetensorsStreamer
 
         checkpoint = own_checkpoint(snapshot)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from weightctl.checkpoint import Checkpoint, TensorEntry, read_checkpoint
+from weightctl.config import Config
 from weightctl.errors import IntegrityError, UsageError, translated_os_errors
-from weightctl.loaders.base import FormatLoader, loaders, translated_read_errors
+from weightctl.loaders.base import FormatLoader, convert, loaders, translated_read_errors
 from weightctl.loaders.stored import Entry, Stored, as_bytes
 from weightctl.model import Snapshot
 from weightctl.progress import Task
@@ -47,16 +48,28 @@ class SafetensorsLoader(FormatLoader):
         import torch  # noqa: F401
 
     def load(self, snapshot: Snapshot, device: str) -> dict[str, torch.Tensor]:
-        """On the CPU the tensors are views of the mapped files."""
-        from safetensors import SafetensorError, safe_open
+        """On the CPU, with the backend mmap, the tensors are views of the mapped files."""
+        return self.load_part(snapshot, device)
 
+    def load_part(
+        self,
+        snapshot: Snapshot,
+        device: str,
+        names: Collection[str] | None = None,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Raises UsageError for a backend that the installed library, or the device, has not."""
+        from safetensors import SafetensorError
+
+        wanted = [entry for entry in own_checkpoint(snapshot).tensors if names is None or entry.name in names]
+        backend = Config.load().safetensors_backend
+        if backend == "prefetch":
+            _check_prefetch(device)
         tensors: dict[str, torch.Tensor] = {}
-        for file, entries in itertools.groupby(own_checkpoint(snapshot).tensors, key=lambda entry: entry.file):
-            with (
-                translated_read_errors(file.source, SafetensorError),
-                safe_open(file.source, framework="pt", device=device) as shard,
-            ):
-                tensors.update((entry.name, shard.get_tensor(entry.name)) for entry in entries)
+        for file, entries in itertools.groupby(wanted, key=lambda entry: entry.file):
+            with translated_read_errors(file.source, SafetensorError):
+                found = _loaded(file.source, [entry.name for entry in entries], device, backend)
+                tensors.update(convert(found, dtypes))
         return tensors
 
     def open(self, snapshot: Snapshot) -> Stored:
@@ -87,6 +100,28 @@ class SafetensorsLoader(FormatLoader):
                 for entry in batch:
                     write(as_bytes(tensors[entry.name]).numpy().data)
                     task.advance(entry.nbytes)
+
+
+def _loaded(path: Path, names: Sequence[str], device: str, backend: str) -> dict[str, torch.Tensor]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt", device=device, backend="mmap" if backend == "prefetch" else backend) as shard:
+        if backend == "prefetch":
+            with shard.prefetch(dict.fromkeys(names)) as arriving:
+                return dict(arriving)
+        return {name: shard.get_tensor(name) for name in names}
+
+
+def _check_prefetch(device: str) -> None:
+    from safetensors import safe_open
+
+    instead = "set safetensors_backend to mmap or pread"
+    if not hasattr(safe_open, "prefetch"):
+        raise UsageError(
+            "this version of safetensors does not prefetch", f"pip install 'safetensors>=0.9', or {instead}"
+        )
+    if device == "cpu":
+        raise UsageError("safetensors prefetches to CUDA devices only", instead)
 
 
 def own_checkpoint(snapshot: Snapshot) -> Checkpoint:

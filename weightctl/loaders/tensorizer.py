@@ -10,9 +10,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from weightctl.config import Config
 from weightctl.digests import Check
-from weightctl.errors import IntegrityError, UsageError, translated_os_errors
-from weightctl.loaders.base import FormatLoader, loaders, translated_read_errors
+from weightctl.errors import IntegrityError, NotInstalledError, UsageError, translated_os_errors
+from weightctl.loaders.base import FormatLoader, convert, loaders, translated_read_errors
 from weightctl.loaders.stored import Entry, Stored
 from weightctl.model import Snapshot
 from weightctl.progress import Progress, Task
@@ -28,13 +29,18 @@ MAGIC = b"|TZR|"
 HEADER = struct.Struct("<5sI32sQ8xQQ")
 """Magic, version, flags, tensor bytes, tensor count, index bytes: how every tensorizer file begins."""
 
+ENCRYPTED = 1
+"""The flag of files whose tensors are encrypted. Their names, dtypes and shapes are not."""
+
+KEY_BYTES = 32
+
 INDEX_BYTES = 256 * 1024
 """What the library reserves for the index: enough for some 3000 tensors."""
 
 
 @loaders.register("tensorizer")
 class TensorizerLoader(FormatLoader):
-    """`tensorizer.TensorDeserializer`, with as many readers as it chooses."""
+    """`tensorizer.TensorDeserializer`, with the readers and the key that the configuration gives it."""
 
     summary = "the tensorizer library, from a *.tensors file"
     requires: ClassVar[Mapping[str, str]] = {"torch": "tensorizer", "tensorizer": "tensorizer"}
@@ -49,25 +55,42 @@ class TensorizerLoader(FormatLoader):
 
     def load(self, snapshot: Snapshot, device: str) -> dict[str, torch.Tensor]:
         """Tied tensors are one tensor under several names."""
+        return self.load_part(snapshot, device)
+
+    def load_part(
+        self,
+        snapshot: Snapshot,
+        device: str,
+        names: Collection[str] | None = None,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Reads no more than it must. Converted tied tensors are no longer tied."""
         stored = self._open(_file(snapshot), device)
-        return stored.read([entry.name for entry in stored.entries])
+        wanted = [entry.name for entry in stored.entries if names is None or entry.name in names]
+        return convert(stored.read(wanted), dtypes)
 
     def open(self, snapshot: Snapshot) -> Stored:
         """Each read opens the file anew: the library keeps what it has once read."""
         return self._open(_file(snapshot), "cpu")
 
     def write(self, stored: Stored, path: Path, task: Task) -> None:
-        """A batch at a time. Raises UsageError for what the format cannot hold."""
+        """A batch at a time, encrypted if the configuration has a key. Raises UsageError for what the format cannot
+        hold.
+        """
         import torch
-        from tensorizer import TensorSerializer
+        from tensorizer import EncryptionParams, TensorSerializer
 
         written = stored.without({*stored.ties, *(entry.name for entry in stored.entries if not entry.nbytes)})
+        key = _key()
         try:
-            serializer = TensorSerializer(path)
+            serializer = TensorSerializer(path, encryption=EncryptionParams(key) if key else None)
             try:
                 _reserve_index(serializer, written)
                 for batch in written.batches():
-                    serializer.write_state_dict(stored.read([entry.name for entry in batch]))
+                    tensors = stored.read([entry.name for entry in batch])
+                    if key:  # which is done in place
+                        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+                    serializer.write_state_dict(tensors)
                     task.advance(sum(entry.nbytes for entry in batch))
                 if len(written.entries) < len(stored.entries):
                     extras = bytearray(_encoded_extras(stored))
@@ -109,9 +132,9 @@ def _entries(path: Path) -> dict[str, Entry]:
     """The index of a file, every number in it checked: the library itself believes them all."""
     import numpy
     import torch
-    from tensorizer import TensorDeserializer
+    from tensorizer import CryptographyError
 
-    with translated_read_errors(path):
+    with translated_read_errors(path, CryptographyError):
         size = path.stat().st_size
         with path.open("rb") as stream:
             magic, *_, index_bytes = HEADER.unpack(stream.read(HEADER.size))
@@ -120,7 +143,7 @@ def _entries(path: Path) -> dict[str, Entry]:
         if index_bytes > size:
             raise IntegrityError(f"{path}: its index claims {index_bytes} bytes, the file has {size}", _TRUNCATED)
         entries: dict[str, Entry] = {}
-        with TensorDeserializer(path, device="cpu", lazy_load=True) as file:
+        with _deserializer(path, device="cpu", lazy_load=True) as file:
             for key, item in file._metadata.items():  # no public name tells where a tensor lies
                 name = key.normalize_()
                 if not isinstance(name, str):
@@ -141,17 +164,56 @@ _TRUNCATED = "the file is truncated or damaged: serialize the model again"
 
 
 def _read(path: Path, names: Collection[str], device: str, *, verify: bool = False) -> dict[str, torch.Tensor]:
-    from tensorizer import TensorDeserializer
+    from tensorizer import CryptographyError
     from tensorizer.serialization import HashMismatchError
 
     wanted = set(names)
     if not wanted:
         return {}
-    with (
-        translated_read_errors(path, HashMismatchError),
-        TensorDeserializer(path, device=device, filter_func=wanted.__contains__, verify_hash=verify) as file,
-    ):
-        return {name: file[name].detach() for name in wanted}
+    try:
+        with (
+            translated_read_errors(path, HashMismatchError),
+            _deserializer(
+                path, device=device, filter_func=wanted.__contains__, verify_hash=verify,
+                num_readers=Config.load().tensorizer_readers,
+            ) as file,
+        ):  # fmt: skip
+            return {name: file[name].detach() for name in wanted}
+    except CryptographyError as error:
+        raise IntegrityError(
+            f"{path} cannot be decrypted: it was encrypted with another key, or is damaged", "check tensorizer_key"
+        ) from error
+
+
+def _deserializer(path: Path, **options: Any) -> Any:
+    """The library's own, with the key if the file is encrypted. Raises UsageError if there is none."""
+    from tensorizer import DecryptionParams, TensorDeserializer
+
+    with path.open("rb") as stream:
+        _, version, flags, *_ = HEADER.unpack(stream.read(HEADER.size))
+    if version == 3 or flags[0] & ENCRYPTED:
+        if (key := _key()) is None:
+            raise UsageError(
+                f"{path} is encrypted", "set tensorizer_key (WEIGHTCTL_TENSORIZER_KEY) to the file that holds its key"
+            )
+        options["encryption"] = DecryptionParams.from_key(key)
+    return TensorDeserializer(path, **options)
+
+
+def _key() -> bytes | None:
+    """What is in the file that the configuration names: no argument and no variable ever holds it."""
+    path = Config.load().tensorizer_key
+    if path is None:
+        return None
+    from tensorizer._crypt import available
+
+    if not available:
+        raise NotInstalledError("an encrypted file", "libsodium", "tensorizer")
+    with translated_os_errors(f"read {path}"), path.open("rb") as stream:
+        key = stream.read(KEY_BYTES + 1)
+    if len(key) != KEY_BYTES:
+        raise UsageError(f"{path} is no key of {KEY_BYTES} bytes", f"make one: head -c {KEY_BYTES} /dev/urandom >FILE")
+    return key
 
 
 def check_tensorizer(path: Path, *, progress: Progress) -> Check:
