@@ -87,10 +87,16 @@ def meeting(job: Mapping[str, Any]) -> Iterator[Meeting]:
         distributed.destroy_process_group()
 
 
-def together(outcomes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the processes found, as one: the slowest's time, the largest peaks, the first difference."""
-    worst: dict[str, Any] = dict(outcomes[0])
-    for key in ("seconds", "peak_host_bytes", "peak_device_bytes"):
-        worst[key] = max(outcome[key] for outcome in outcomes)
-    worst["difference"] = next((outcome["difference"] for outcome in outcomes if outcome["difference"]), None)
-    return worst
+def together(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the processes found, as one: the slowest's, with the largest peaks and the first objection of any."""
+    slowest = max(outcomes, key=lambda outcome: outcome["seconds"])
+    peaks = {
+        key: max((outcome[key] for outcome in outcomes if outcome[key] is not None), default=None)
+        for key in slowest
+        if key.startswith("peak_")
+    }
+    objections = {
+        key: next((outcome[key] for outcome in outcomes if outcome[key]), None)
+        for key in slowest.keys() & {"difference", "mark"}
+    }
+    return {**slowest, **peaks, **objections}
