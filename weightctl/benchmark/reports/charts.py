@@ -182,7 +182,7 @@ def _mark(x: str, top: float, bottom: float, kind: str) -> Element:
 
 def _labels(names: Sequence[str], top: float, values: Sequence[str], asides: Sequence[str] = ()) -> Iterator[Element]:
     """The rows' texts: names on the left; figures on the right, and what stands beside them, in columns."""
-    gap = -7 * max(map(len, asides)) - 10 if any(asides) else None
+    gap = -7.5 * max(map(len, asides)) - 12 if any(asides) else None
     for place, (name, value) in enumerate(zip(names, values, strict=True)):
         y = top + ROW * place + LABEL
         first = not place and len(names) > 1
