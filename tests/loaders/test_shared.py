@@ -30,7 +30,7 @@ from tests.loaders.test_pipelined import Shapes, entries, mark, models, write
 from weightctl.checkpoint import TensorEntry
 from weightctl.errors import IntegrityError, UsageError, WeightctlError
 from weightctl.loaders import windows
-from weightctl.loaders.blocks import PAGE_BYTES
+from weightctl.loaders.blocks import ALIGNMENT, PAGE_BYTES
 from weightctl.loaders.ranks import Ranks, Team
 from weightctl.loaders.shared import Relay
 from weightctl.loaders.slices import Cut, Plan, cuts
@@ -210,6 +210,9 @@ def test_the_ranks_of_a_host_read_each_byte_once(
         for rank in range(size):
             team = team_of(size, rank)
             shards_of_rank, planned = schedule(asked, team, pages * PAGE_BYTES)
+            stages = [shard.nbytes for shard in shards_of_rank if not shard.tensors]
+            assert len(stages) <= windows.DEPTH
+            assert all(nbytes < stage + ALIGNMENT for nbytes in stages)
             for window in planned:
                 for block in window.blocks:
                     for piece in block.pieces:

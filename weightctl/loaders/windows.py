@@ -26,8 +26,8 @@ PART_BYTES = 128 << 20
 exchange costs Python as much as a few of them."""
 
 STAGE_BYTES = 64 << 20
-"""A tensor that is cut across its rows passes through so much of each rank's memory at a time. Of rows that are longer,
-each rank reads its own stretches."""
+"""A tensor that is cut across its rows passes through so much of each rank's memory at a time. Where that has no room
+for a row from every rank of the host, each reads its own stretches."""
 
 DEPTH = 3
 """Exchanges under way at once, each with a stage of its own where it needs one."""
@@ -100,10 +100,10 @@ class Asked:
         """Bytes of an element, when it has arrived."""
         return self.dtypes.get(entry.name, described(entry).dtype).itemsize
 
-    def is_dealt(self, entry: TensorEntry) -> bool:
+    def is_dealt(self, entry: TensorEntry, team: Team) -> bool:
         """Whether the ranks bring whole rows of it, because their stretches are too short to be read one by one."""
         cut = self.cuts[entry.name]
-        return cut.rows > 1 and 0 < cut.width * self.itemsize(entry) <= STAGE_BYTES
+        return cut.rows > 1 and 0 < team.size * cut.width * self.itemsize(entry) <= STAGE_BYTES
 
 
 def schedule(asked: Asked, team: Team, block_bytes: int) -> tuple[list[Shard], list[Window]]:
@@ -119,11 +119,13 @@ def schedule(asked: Asked, team: Team, block_bytes: int) -> tuple[list[Shard], l
             shards.append(layout.shard(multiple=ALIGNMENT * team.size))
             windows += _gathers(layout, len(shards) - 1, shards[-1].nbytes, team, block_bytes)
         cut = [entry for entry in entries if entry.name in asked.cuts]
-        parts = {e.name: asked.cuts[e.name].part(team.rank, read=not asked.is_dealt(e)) for e in cut}
+        parts = {e.name: asked.cuts[e.name].part(team.rank, read=not asked.is_dealt(e, team)) for e in cut}
         for layout in lay_out(cut, asked.dtypes, parts):
             shards.append(layout.shard())
             windows.append(Window(file, len(shards) - 1, tuple(blocks_of(layout.runs, block_bytes))))
-            places = [(e, placed.place) for e, placed in zip(cut, layout.tensors, strict=True) if asked.is_dealt(e)]
+            places = [
+                (e, tensor.place) for e, tensor in zip(cut, layout.tensors, strict=True) if asked.is_dealt(e, team)
+            ]
             windows += _deals(places, asked, len(shards) - 1, team, block_bytes)
     return _with_stages(shards, windows)
 
@@ -201,7 +203,7 @@ def _in_stages(entry: TensorEntry, place: int, asked: Asked, team: Team) -> Iter
     size = asked.itemsize(entry)
     read_bytes, row_bytes = cut.width * tensor.dtype.itemsize, cut.width * size
     start, stop = (element * size for element in cut.stretch(team.rank))
-    each = max(1, STAGE_BYTES // team.size // row_bytes)
+    each = STAGE_BYTES // team.size // row_bytes
     for first in range(0, cut.rows, team.size * each):
         count = min(team.size * each, cut.rows - first)
         target = place + first * (stop - start)
