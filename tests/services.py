@@ -105,17 +105,10 @@ def docker_engine() -> Iterator[str]:
             "dockerd", "--host", f"unix://{socket_path}", "--data-root", f"{directory}/data",
             "--exec-root", f"{directory}/exec", "--pidfile", f"{directory}/pid", "--bridge", "none", "--iptables=false",
         ]  # fmt: skip
-        with Path(directory, "log").open("w+") as log:
+        with Path(directory, "log").open("w") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log)
             try:
-                for _ in range(600):
-                    if process.poll() is not None:
-                        log.seek(0)
-                        cannot(f"dockerd does not start here: {log.read()[-500:]}")
-                    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as trial:
-                        trial.connect(str(socket_path))
-                        break
-                    time.sleep(0.1)
+                _wait_for_socket(socket_path, process, Path(directory, "log"))
                 yield f"unix://{socket_path}"
             finally:
                 process.terminate()
@@ -123,3 +116,37 @@ def docker_engine() -> Iterator[str]:
                 subprocess.run(
                     ["umount", "--recursive", f"{directory}/data/overlay2"], check=False, capture_output=True
                 )
+
+
+@contextmanager
+def podman_engine() -> Iterator[str]:
+    """Podman behind its Docker-compatible socket, with a store of its own: what DOCKER_HOST has to be."""
+    if shutil.which("podman") is None:
+        cannot("podman is not installed")
+    if os.geteuid() != 0:
+        cannot("podman's service needs root here")
+    with tempfile.TemporaryDirectory(prefix="podman-") as directory:
+        command = [
+            "podman", "--root", f"{directory}/root", "--runroot", f"{directory}/run", "--storage-driver", "vfs",
+            "--cgroup-manager", "cgroupfs", "--events-backend", "none", "system", "service", "--time=0",
+            f"unix://{directory}/socket",
+        ]  # fmt: skip
+        with Path(directory, "log").open("w") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "TMPDIR": directory})
+            try:
+                _wait_for_socket(Path(directory, "socket"), process, Path(directory, "log"))
+                yield f"unix://{directory}/socket"
+            finally:
+                process.terminate()
+                process.wait()
+
+
+def _wait_for_socket(path: Path, process: subprocess.Popen[bytes], log: Path) -> None:
+    for _ in range(600):
+        if process.poll() is not None:
+            cannot(f"the engine does not start here: {log.read_text()[-500:]}")
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as trial:
+            trial.connect(str(path))
+            return
+        time.sleep(0.1)
+    raise AssertionError("the engine does not answer")

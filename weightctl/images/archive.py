@@ -21,14 +21,13 @@ from weightctl.images.contents import check_image
 from weightctl.images.layers import copy_blob, write_layer
 from weightctl.images.oci import (
     CONFIG,
-    INDEX,
     MANIFEST,
     MAX_JSON_BYTES,
     BaseImage,
     Descriptor,
     ImageName,
     WrittenLayer,
-    index_entry,
+    image_index,
 )
 from weightctl.images.plan import ImagePlan
 from weightctl.model import Snapshot
@@ -208,8 +207,7 @@ def _write_archive(
     for content in (config, manifest):
         tar.add(blob_path(Descriptor.of("", content).digest), content)
     descriptor = Descriptor.of(MANIFEST, manifest)
-    entry = index_entry(descriptor, name, plan.platform)
-    tar.add_json("index.json", {"schemaVersion": 2, "mediaType": INDEX, "manifests": [entry]})
+    tar.add_json("index.json", image_index(descriptor, name, plan.platform))
     tar.add_json("oci-layout", {"imageLayoutVersion": "1.0.0"})
     layers = [blob_path(layer.blob.digest) for layer in (*plan.base_layers, *written)]
     tar.add_json("manifest.json", docker_manifest(blob_path(Descriptor.of("", config).digest), name, layers))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -13,7 +14,7 @@ import posixpath
 import re
 import shutil
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
@@ -21,12 +22,24 @@ from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 from weightctl import storage
 from weightctl.config import Config
 from weightctl.digests import Check, hash_files
-from weightctl.errors import IntegrityError, UsageError, WeightctlError
+from weightctl.errors import IntegrityError, UsageError, WeightctlError, translated_os_errors
 from weightctl.images.archive import TarWriter, docker_manifest
 from weightctl.images.base import Baked, Images, Preview, describe, images, space_problems
 from weightctl.images.layers import copy_blob, known_layer, remembered_layer, write_layer
-from weightctl.images.oci import LAYER, LAYER_GZIP, BaseImage, Descriptor, ImageName, WrittenLayer
+from weightctl.images.oci import (
+    CONFIG,
+    LAYER,
+    LAYER_GZIP,
+    LAYER_ZSTD,
+    MANIFEST,
+    BaseImage,
+    Descriptor,
+    ImageName,
+    WrittenLayer,
+    image_index,
+)
 from weightctl.images.plan import MODEL_DIRECTORY_VARIABLE, ImagePlan
+from weightctl.images.uploads import Memory
 from weightctl.model import File, Snapshot
 from weightctl.progress import Progress, Task
 
@@ -41,6 +54,10 @@ CONFIG_FIELDS = (
     "Healthcheck", "OnBuild", "Shell",
 )  # fmt: skip
 """Of what an engine says of an image, what its config holds."""
+
+
+MAGIC = {b"\x1f\x8b": LAYER_GZIP, b"\x28\xb5\x2f\xfd": LAYER_ZSTD}
+"""How compressed layers begin."""
 
 
 @images.register("docker")
@@ -71,24 +88,28 @@ class DockerImages(Images):
     def preview(self, plan: ImagePlan, name: ImageName, *, config: Config) -> Preview:  # noqa: ARG002
         """See `Images.preview`. While it loads, the engine holds what was sent twice: as sent, and unpacked."""
         with _engine() as engine:
-            there = _layers_there(engine, plan, None) - len(plan.base_layers)
+            held = _held_layers(engine, plan, None)
             root = Path(engine.info().get("DockerRootDir") or "/")
-        existing = tuple(number < there for number in range(len(plan.layers)))
+        existing = tuple(number in held for number in range(len(plan.base_layers), plan.count))
         needed = 2 * sum(layer.size for layer, known in zip(plan.layers, existing, strict=True) if not known)
         return Preview(existing, needed, space_problems(root, needed) if root.is_dir() else ())
 
     def bake(self, plan: ImagePlan, name: ImageName, *, config: Config, progress: Progress) -> Baked:
         """See `Images.bake`. Sends only the layers that the engine lacks. The digest is the image's ID there."""
         with _engine() as engine:
-            there = _layers_there(engine, plan, config)
+            held = _held_layers(engine, plan, config)
+            oci = _store(engine) == "containerd"
             with progress.task("baking", plan.size) as task:
-                written = _load(engine, plan, name, there, task)
+                written = _load(engine, functools.partial(_write_archive, plan, name, held, oci, task))
             image = engine.api.inspect_image(str(name))
-        expected = [layer.diff_id for layer in (*plan.base_layers, *written)]
-        if image["RootFS"]["Layers"] != expected:
-            raise IntegrityError(f"the engine holds other layers under {name} than were sent", "bake again")
-        reused = max(0, there - len(plan.base_layers))
-        rows = [(layer, number < reused) for number, layer in enumerate(written)]
+            expected = [layer.diff_id for layer in (*plan.base_layers, *written)]
+            if image["RootFS"]["Layers"] != expected:
+                raise IntegrityError(f"the engine holds other layers under {name} than were sent", "bake again")
+            if oci:
+                memory = _memory(engine)
+                for layer in (*plan.base_layers, *written):
+                    memory.remember(layer.blob.digest, image["Id"].removeprefix("sha256:"))
+        rows = [(layer, number in held) for number, layer in enumerate(written, len(plan.base_layers))]
         return Baked(image["Id"], describe(plan.layers, rows), sum(row.blob.size for row, old in rows if not old))
 
     def build(self, dockerfile: str, platform: str | None, progress: Progress) -> str:
@@ -116,8 +137,12 @@ class DockerImages(Images):
         """An engine checks its own store."""
         raise UsageError("an image in an engine cannot be verified", "push it, then verify it in the registry")
 
-    def open_base(self, name: str) -> BaseImage | None:
-        """The engine's image of that name, whose layers are only known to the engine itself; None if it has none."""
+    def open_base(self, name: str, directory: Path, *, into_itself: bool) -> BaseImage | None:
+        """The engine's image of that name; None if it has none.
+
+        Its layers are saved as files in `directory`, unless the image stays in the engine and that needs no more than
+        their names.
+        """
         import docker.errors
 
         with _engine() as engine:
@@ -125,26 +150,25 @@ class DockerImages(Images):
                 image = engine.api.inspect_image(name)
             except docker.errors.ImageNotFound:
                 return None
-        layers = tuple(WrittenLayer(Descriptor(LAYER, diff_id, 0), diff_id) for diff_id in _diff_ids(image))
-        return BaseImage(name, _config_of(image), layers, _not_sent)
+            if into_itself and _store(engine) == "classic":
+                layers = tuple(WrittenLayer(Descriptor(LAYER, diff_id, 0), diff_id) for diff_id in _diff_ids(image))
+                return BaseImage(name, _config_of(image), layers, _not_sent)
+            return self._saved(engine, image, name, directory)
 
-    def export_base(self, name: str, directory: Path) -> BaseImage:
-        """The same with its layers, first saved as files in `directory`: for a target other than this engine."""
-        with _engine() as engine:
-            image = engine.api.inspect_image(name)
-            chunks = _Chunks(engine.api.get_image(name, chunk_size=PIPE_BYTES))
-            with tarfile.open(fileobj=chunks, mode="r|") as saved:
-                files = _extract(saved, directory)
+    def _saved(self, engine: docker.DockerClient, image: dict[str, Any], name: str, directory: Path) -> BaseImage:
+        chunks = _Chunks(engine.api.get_image(name, chunk_size=PIPE_BYTES))
+        with translated_os_errors(f"save {name} in {directory}"), tarfile.open(fileobj=chunks, mode="r|") as saved:
+            files = _extract(saved, directory)
         try:
             names = json.loads(files["manifest.json"].read_bytes())[0]["Layers"]
-            layers = [
+            found = [
                 _saved_layer(files[layer], diff_id) for layer, diff_id in zip(names, _diff_ids(image), strict=True)
             ]
         except (KeyError, ValueError, TypeError, IndexError) as error:
             raise WeightctlError(f"the engine saved {name} in a form that is not known: {error!r}") from error
-        paths = {layer.blob.digest: path for layer, path in layers}
+        paths = {layer.blob.digest: path for layer, path in found}
         opened = functools.partial(_open_saved, paths)
-        return BaseImage(name, _config_of(image), tuple(layer for layer, _ in layers), opened)
+        return BaseImage(name, _config_of(image), tuple(layer for layer, _ in found), opened)
 
 
 @contextlib.contextmanager
@@ -182,39 +206,46 @@ def _config_of(image: dict[str, Any]) -> dict[str, Any]:
     return {"architecture": image["Architecture"], "os": image["Os"], **variant, "config": settings}
 
 
-def _is_classic(engine: docker.DockerClient) -> bool:
-    """Whether the engine keeps layers by what lies below them, and so takes an image whose lower layers are not sent.
+def _store(engine: docker.DockerClient) -> str:
+    """How the engine keeps images: Docker's `classic` store, the `containerd` image store, or as `podman` does."""
+    if not any(component.get("Name") == "Engine" for component in engine.version().get("Components") or []):
+        return "podman"
+    containerd = any("containerd" in str(value) for _, value in engine.info().get("DriverStatus") or [])
+    return "containerd" if containerd else "classic"
 
-    Docker's own store does; the containerd image store and podman want every layer.
+
+def _memory(engine: docker.DockerClient) -> Memory:
+    """Which blob was sent to this engine, and in which image: that, while the engine has it, keeps the blob there."""
+    return Memory(f"engine-{hashlib.sha256(str(engine.info().get('ID')).encode()).hexdigest()}")
+
+
+def _held_layers(engine: docker.DockerClient, plan: ImagePlan, config: Config | None) -> frozenset[int]:
+    """Which layers of the image to be, counted from the lowest, the engine has and need not be sent.
+
+    The classic store keys layers on what lies below them: it has those up to the first that differs from an image
+    there. The containerd image store has any blob that an image there is made of; which those are it does not say, so
+    only what we sent counts. Podman wants every layer. Without a config no file is read: layers count whose digests
+    are remembered.
     """
-    info = engine.info()
-    containerd = any("containerd" in str(value) for _, value in info.get("DriverStatus") or [])
-    components = engine.version().get("Components") or []
-    return not containerd and any(component.get("Name") == "Engine" for component in components)
-
-
-def _layers_there(engine: docker.DockerClient, plan: ImagePlan, config: Config | None) -> int:
-    """How many layers of the image to be, from the lowest, the engine has and need not be sent.
-
-    Without a config no file is read: layers count whose digests are remembered.
-    """
-    if not _is_classic(engine):
-        return 0
-    held = [image["Id"] for image in engine.api.images()]
-    images_there = [engine.api.inspect_image(identity) for identity in held]
+    if (store := _store(engine)) == "podman":
+        return frozenset()
+    images_there = [engine.api.inspect_image(image["Id"]) for image in engine.api.images()]
     baked_before = any(
         str(setting).startswith(MODEL_DIRECTORY_VARIABLE)
         for image in images_there
         for setting in (image.get("Config") or {}).get("Env") or []
     )
-    wanted = [layer.diff_id for layer in plan.base_layers]
+    wanted: list[WrittenLayer | None] = [*plan.base_layers]
     if config is None:
-        known = itertools.takewhile(bool, map(remembered_layer, plan.layers))
-        wanted += [layer.diff_id for layer in known if layer]
+        wanted += map(remembered_layer, plan.layers)
     elif baked_before:  # only then is it worth reading layers whose digests are not remembered
-        layers = storage.in_parallel(lambda layer: known_layer(layer, Task()), plan.layers, config.workers)
-        wanted += [layer.diff_id for layer in layers]
-    return max((_common(wanted, _diff_ids(image)) for image in images_there), default=0)
+        wanted += storage.in_parallel(lambda layer: known_layer(layer, Task()), plan.layers, config.workers)
+    if store == "containerd":
+        memory, held = _memory(engine), {image["Id"].removeprefix("sha256:") for image in images_there}
+        blobs = enumerate(layer and layer.blob.digest for layer in wanted)
+        return frozenset(number for number, digest in blobs if digest and memory.repository(digest) in held)
+    diff_ids = [layer.diff_id for layer in itertools.takewhile(bool, wanted) if layer]
+    return frozenset(range(max((_common(diff_ids, _diff_ids(image)) for image in images_there), default=0)))
 
 
 def _common(wanted: Sequence[str], there: Sequence[str]) -> int:
@@ -222,15 +253,18 @@ def _common(wanted: Sequence[str], there: Sequence[str]) -> int:
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _load(
-    engine: docker.DockerClient, plan: ImagePlan, name: ImageName, there: int, task: Task
-) -> Sequence[WrittenLayer]:
-    """Send the image as a Docker archive, made while it is sent; without the lowest `there` layers."""
+def _load(engine: docker.DockerClient, write: Callable[[BinaryIO], Sequence[WrittenLayer]]) -> Sequence[WrittenLayer]:
+    """Have the engine load an archive that is written while it is sent."""
     reader, writer = os.pipe()
     with contextlib.suppress(OSError):
         fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
     with ThreadPoolExecutor(1) as pool, os.fdopen(reader, "rb", buffering=0) as source:
-        making = pool.submit(_write_archive, writer, plan, name, there, task)
+
+        def fill() -> Sequence[WrittenLayer]:
+            with os.fdopen(writer, "wb", buffering=0) as stream:
+                return write(stream)
+
+        making = pool.submit(fill)
 
         def blocks() -> Iterator[bytes]:
             while block := source.read(PIPE_BYTES):
@@ -246,25 +280,38 @@ def _load(
         return making.result()
 
 
-def _write_archive(writer: int, plan: ImagePlan, name: ImageName, there: int, task: Task) -> Sequence[WrittenLayer]:
+def _write_archive(
+    plan: ImagePlan, name: ImageName, held: Collection[int], oci: bool, task: Task, stream: BinaryIO
+) -> Sequence[WrittenLayer]:
+    """The image in Docker's form, without the layers that the engine holds; with `oci` also as a layout.
+
+    The containerd image store then takes the layout's word for what the image is, and finds in its own store the blobs
+    that are not sent; it goes by their bytes, whatever the members' names.
+    """
     below = plan.base_layers
     written: list[WrittenLayer] = []
-    with os.fdopen(writer, "wb", buffering=0) as stream:
-        tar = TarWriter(stream)
-        for number, base_layer in enumerate(below[there:], there):
+    tar = TarWriter(stream)
+    for number, base_layer in enumerate(below):
+        if number not in held:
             with tar.member(_member(number), base_layer.blob.size):
                 copy_blob(plan.open_base_blob(base_layer.blob), base_layer.blob, [tar.write], task)
-        for number, layer in enumerate(plan.layers, len(below)):
-            if number < there:
-                written.append(known_layer(layer, task))
-                continue
-            with tar.member(_member(number), layer.size):
-                written.append(write_layer(layer, [tar.write], task))
-        config = plan.config(written)
-        tar.add("config.json", config)
-        members = [_member(number) for number in range(len(below) + len(written))]
+    for number, layer in enumerate(plan.layers, len(below)):
+        if number in held:
+            written.append(known_layer(layer, task))
+            continue
+        with tar.member(_member(number), layer.size):
+            written.append(write_layer(layer, [tar.write], task))
+    config = plan.config(written)
+    tar.add("config.json", config)
+    if oci:
+        manifest = plan.manifest(Descriptor.of(CONFIG, config), written)
+        tar.add("manifest", manifest)
+        tar.add_json("index.json", image_index(Descriptor.of(MANIFEST, manifest), name, plan.platform))
+        tar.add_json("oci-layout", {"imageLayoutVersion": "1.0.0"})
+    else:
+        members = [_member(number) for number in range(plan.count)]
         tar.add_json("manifest.json", docker_manifest("config.json", name, members))
-        tar.close()
+    tar.close()
     return written
 
 
@@ -305,9 +352,9 @@ def _extract(saved: tarfile.TarFile, directory: Path) -> dict[str, Path]:
 
 def _saved_layer(path: Path, diff_id: str) -> tuple[WrittenLayer, Path]:
     with path.open("rb") as stream:
-        compressed = stream.read(2) == b"\x1f\x8b"
+        media_type = next((kind for magic, kind in MAGIC.items() if stream.peek(4).startswith(magic)), LAYER)
     (read,) = hash_files([File("layer", path.stat().st_size, path)], 1, None, Progress())
-    blob = Descriptor(LAYER_GZIP if compressed else LAYER, f"sha256:{read.sha256}", read.size)
+    blob = Descriptor(media_type, f"sha256:{read.sha256}", read.size)
     return WrittenLayer(blob, diff_id), path
 
 

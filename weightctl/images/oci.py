@@ -110,3 +110,8 @@ def index_entry(manifest: Descriptor, name: ImageName, platform: str) -> dict[st
         "platform": {"os": os_name, "architecture": architecture, **({"variant": variant[0]} if variant else {})},
         "annotations": {NAME_ANNOTATION: name.canonical, TAG_ANNOTATION: name.tag},
     }
+
+
+def image_index(manifest: Descriptor, name: ImageName, platform: str) -> dict[str, Any]:
+    """The index of a layout that holds one image."""
+    return {"schemaVersion": 2, "mediaType": INDEX, "manifests": [index_entry(manifest, name, platform)]}

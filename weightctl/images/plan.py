@@ -48,6 +48,11 @@ class ImagePlan:
         return self.base.layers if self.base else ()
 
     @property
+    def count(self) -> int:
+        """Of all layers, the base's and the model's."""
+        return len(self.base_layers) + len(self.layers)
+
+    @property
     def base_blobs(self) -> list[Descriptor]:
         """The blobs of the base's layers, each once."""
         return list(dict.fromkeys(layer.blob for layer in self.base_layers))

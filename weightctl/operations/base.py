@@ -27,11 +27,10 @@ def open_base(spec: str, platform: str | None, target: str, scratch: ExitStack, 
     if kind == "layout":
         location, _, tag = rest.partition("#")
         base = LayoutImages(location).open_base(tag or None, platform)
-    elif target == "docker" and kind != "registry":
-        base = DockerImages().open_base(rest if kind == "docker" else spec)
-    elif kind == "docker":
+    elif kind == "docker" or (target == "docker" and kind != "registry"):
         directory = scratch.enter_context(tempfile.TemporaryDirectory(prefix="weightctl-"))
-        base = DockerImages().export_base(rest, Path(directory))
+        name = rest if kind == "docker" else spec
+        base = DockerImages().open_base(name, Path(directory), into_itself=target == "docker")
     if base is None and kind == "docker":
         raise UsageError(f"the engine has no image {rest!r}", "docker pull it, or name a registry's image with --base")
     if base is None:

@@ -1,0 +1,107 @@
+"""Every engine that speaks Docker's API: Docker's own, podman, and the one that TEST_DOCKER_HOST names, if any."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import secrets
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+
+import pytest
+
+from tests import models
+from tests.images.conformance import plan
+from tests.services import docker_engine, podman_engine, tool
+from weightctl.config import Config
+from weightctl.images import Baked, DockerImages
+from weightctl.images.oci import ImageName
+from weightctl.operations.base import open_base
+from weightctl.progress import Progress
+
+GIVEN = os.environ.get("TEST_DOCKER_HOST")
+
+
+@pytest.fixture(scope="module", params=["docker", "podman", *(["given"] if GIVEN else [])])
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    engines = {"docker": docker_engine, "podman": podman_engine, "given": lambda: nullcontext(str(GIVEN))}
+    with engines[request.param]() as host:
+        yield host
+
+
+@pytest.fixture
+def name(engine: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An image's name that no other test has; what goes by it is removed."""
+    monkeypatch.setenv("DOCKER_HOST", engine)
+    unique = f"engines-{secrets.token_hex(8)}"
+    yield unique
+    for tag in ("v1", "v2", "base"):
+        subprocess.run(["docker", "image", "rm", "--force", f"{unique}:{tag}"], capture_output=True, check=False)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return models.write_model(tmp_path / "m", seed=secrets.randbits(60))
+
+
+def bake(model: Path, name: str, **options: object) -> Baked:
+    image = plan(model, **options)
+    return DockerImages().bake(image, ImageName.parse(name), config=Config(workers=2), progress=Progress())
+
+
+def saved(name: str, scratch: Path) -> dict[str, bytes]:
+    """The files of an image as the engine gives them back, but for the model's directories."""
+    tool("docker", "save", "--output", scratch / "saved.tar", name)
+    files = {}
+    with tarfile.open(scratch / "saved.tar") as archive:
+        manifest = archive.extractfile("manifest.json")
+        assert manifest is not None
+        for layer in json.loads(manifest.read())[0]["Layers"]:
+            content = archive.extractfile(layer)
+            assert content is not None
+            with tarfile.open(fileobj=io.BytesIO(content.read())) as members:
+                for member in members:
+                    if (stream := members.extractfile(member)) is not None:
+                        files[f"/{member.name}"] = stream.read()
+    return files
+
+
+def files_of(model: Path) -> dict[str, bytes]:
+    return {f"/models/m/{path}": data for path, data in models.contents(model).items()}
+
+
+def test_it_gives_the_model_back(name: str, model: Path, tmp_path: Path) -> None:
+    first = bake(model, f"{name}:v1")
+    assert saved(f"{name}:v1", tmp_path) == files_of(model)
+    assert json.loads(tool("docker", "inspect", f"{name}:v1"))[0]["Id"] == first.digest
+    again = bake(model, f"{name}:v1")
+    assert again.digest == first.digest
+    assert again.written_bytes in (0, first.written_bytes)
+
+
+def test_a_changed_shard_changes_the_image(name: str, model: Path, tmp_path: Path) -> None:
+    bake(model, f"{name}:v1")
+    models.flip_bit(model / "model-00002-of-00002.safetensors")
+    changed = bake(model, f"{name}:v2")
+    assert not changed.layers[1].reused
+    assert saved(f"{name}:v2", tmp_path) == files_of(model)
+
+
+@pytest.mark.parametrize("spec", ["{}:base", "docker:{}:base"])
+def test_an_image_there_lies_below(name: str, model: Path, tmp_path: Path, spec: str) -> None:
+    with tarfile.open(tmp_path / "base.tar", "w") as archive:
+        entry = tarfile.TarInfo("srv/app")
+        entry.size = 3
+        archive.addfile(entry, io.BytesIO(b"app"))
+    tool("docker", "import", "--change", "ENV BASE=yes", tmp_path / "base.tar", f"{name}:base")
+    with ExitStack() as scratch:
+        base = open_base(spec.format(name), None, "docker", scratch, config=Config())
+        for _ in range(2):
+            bake(model, f"{name}:v1", base=base)
+    assert saved(f"{name}:v1", tmp_path) == {"/srv/app": b"app", **files_of(model)}
+    settings = json.loads(tool("docker", "inspect", f"{name}:v1"))[0]["Config"]["Env"]
+    assert {"BASE=yes", "WEIGHTCTL_MODEL_DIR=/models/m"} <= set(settings)
