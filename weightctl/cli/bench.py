@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from weightctl.cli import options, ui
+from weightctl.cli import scenario as ways
 from weightctl.config import Config
 
 if TYPE_CHECKING:
@@ -57,6 +58,12 @@ def bench(
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Save the result as JSON after every run.", show_default=False)
     ] = None,
+    scenario: ways.Scenarios = None,
+    engine: ways.Engines = None,
+    jobs: ways.Jobs = None,
+    registry: ways.Registry = None,
+    volume: ways.Volume = None,
+    plain_http: options.PlainHttp = None,
     revision: options.Revision = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
@@ -71,6 +78,10 @@ def bench(
     from weightctl.operations.bench import bench as run
 
     given = {"device": device, "runs": runs, "timeout": timeout, "workers": workers, "cache_dir": cache_dir}
+    if scenario:
+        shipping = ways.shipping(scenario, engine, jobs, registry, volume, scratch, strategy)
+        wanted = {"revision": revision, "include": include or (), "exclude": exclude or (), "output": output}
+        return ways.bench(model, shipping, wanted, Config.load({**given, "plain_http": plain_http}), json)
     with ui.progress() as progress:
         result = run(
             model, strategies=strategy or (), caches=cache or (), nproc=nproc, scratch=scratch, output=output,
@@ -83,6 +94,7 @@ def bench(
         _show(result)
     if not any(row.status == "ok" for row in result.results):
         raise typer.Exit(1)
+    return None
 
 
 def _show(result: BenchResult) -> None:

@@ -8,7 +8,20 @@ import typer
 import typer.core
 
 import weightctl
-from weightctl.cli import backends, bake, bench, config, prune, pull, push_volume, serialize, ui, verify, volumes
+from weightctl.cli import (
+    advise,
+    backends,
+    bake,
+    bench,
+    config,
+    prune,
+    pull,
+    push_volume,
+    serialize,
+    ui,
+    verify,
+    volumes,
+)
 from weightctl.errors import WeightctlError
 
 HELP = {"-h", "--help"}
@@ -70,6 +83,7 @@ app.command()(push_volume.push_volume)
 app.command()(volumes.volumes)
 app.command()(prune.prune)
 app.command()(bench.bench)
+app.command()(advise.advise)
 app.command()(verify.verify)
 app.command()(backends.backends)
 app.command()(config.config)

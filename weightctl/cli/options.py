@@ -59,3 +59,17 @@ def duration(text: str) -> float:
     if not found:
         raise UsageError(f"not a duration: {text!r}", "write a number and a unit: 90s, 30m, 12h, 7d or 4w")
     return float(found[1]) * _SECONDS[found[2]]
+
+
+_PREFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_PREFIXES |= {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
+
+
+def bandwidth(text: str) -> float:
+    """`500MB`, `1.5GiB/s` or `10Gbit/s` in bytes a second. Raises UsageError for anything else."""
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([kMGT]?|[KMGT]i)(B|bit|bps)(/s)?", text, re.ASCII)
+    if not found or (found[3] == "bps" and found[4]) or not float(found[1]):
+        raise UsageError(
+            f"not a bandwidth: {text!r}", "write a number and a unit: 500MB, 1.5GiB or 10Gbit (a second; bit is not B)"
+        )
+    return float(found[1]) * _PREFIXES[found[2]] / (1 if found[3] == "B" else 8)
