@@ -150,6 +150,8 @@ class Scenario:
     """The median of each stage over the cold starts that count."""
     starts: tuple[ColdStart, ...] = ()
     """All of them."""
+    layers: int | None = None
+    """Of the image, the one of small files left out."""
 
 
 @dataclass(frozen=True)
