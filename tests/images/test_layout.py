@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -367,6 +369,55 @@ def test_two_bakes_at_once(layout: Path, model: Path, tmp_path: Path) -> None:
     assert [process.returncode for process in bakers] == [0, 0, 0]
     assert [read_layout(layout, tag).digest for tag in "abc"] == digests
     assert leftovers(layout) == []
+
+
+def test_waiting_for_another_bake_is_said_and_ends_with_it(layout: Path, model: Path) -> None:
+    bake(layout, plan(model), "first:v1")
+    holding = "import fcntl, sys, time; f = open(sys.argv[1]); fcntl.flock(f, 2); print(flush=True); time.sleep(600)"
+    command = [sys.executable, "-c", holding, str(layout / ".weightctl" / "lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        waiting = start("bake", model, "--tag", "m:v2", "--to", f"layout:{layout}")
+        assert waiting.stderr is not None
+        assert "waiting for another bake into" in waiting.stderr.readline()
+        holder.kill()
+    waiting.communicate(timeout=60)
+    assert waiting.returncode == 0
+
+
+# What it keeps.
+
+
+def test_what_only_a_replaced_image_needed_is_removed(layout: Path, model: Path, tmp_path: Path) -> None:
+    first = bake(layout, plan(model), "m:v1")
+    bake(layout, plan(model, "/elsewhere"), "other:keep")
+    models.flip_bit(model / "model-00002-of-00002.safetensors")
+    (layout / "blobs" / "sha256" / ("0" * 64)).write_bytes(b"of somebody who is not done")
+    second = bake(layout, plan(model), "m:v1")
+    gone = {layer.digest for layer in first.layers} - {layer.digest for layer in second.layers}
+    assert len(gone) == 1
+    assert not any(blob(layout, digest).exists() for digest in (*gone, first.digest))
+    assert blob(layout, f"sha256:{'0' * 64}").exists()
+    assert problems(layout) == ()
+    assert {entry["digest"] for entry in index(layout)["manifests"]} >= {second.digest}
+
+
+def test_what_another_tag_needs_stays(layout: Path, model: Path, tmp_path: Path) -> None:
+    first = bake(layout, plan(model), "m:v1")
+    bake(layout, plan(model), "m:v2")
+    bake(layout, plan(models.write_model(tmp_path / "other", seed=7)), "m:v1")
+    assert read_layout(layout, "v2").digest == first.digest
+    assert problems(layout) == ()
+
+
+def test_nothing_is_removed_where_an_image_cannot_be_read(layout: Path, model: Path, tmp_path: Path) -> None:
+    first = bake(layout, plan(model), "m:v1")
+    bake(layout, plan(model, "/elsewhere"), "damaged:v2")
+    entry = next(entry for entry in index(layout)["manifests"] if entry["digest"] != first.digest)
+    models.flip_bit(blob(layout, entry["digest"]))
+    bake(layout, plan(models.write_model(tmp_path / "other", seed=7)), "m:v1")
+    assert all(blob(layout, layer.digest).exists() for layer in first.layers)
 
 
 def test_a_failure_in_one_layer_ends_the_others_soon(layout: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,9 @@ from weightctl.images.plan import ImagePlan
 from weightctl.model import File, Snapshot
 from weightctl.progress import Progress, Task
 
+PATIENCE_SECONDS = 1
+"""How long one waits for another bake into the same layout without saying so."""
+
 
 @images.register("layout")
 class LayoutImages(Images):
@@ -60,7 +64,7 @@ class LayoutImages(Images):
 
     def bake(self, plan: ImagePlan, name: ImageName, *, config: Config, progress: Progress) -> Baked:
         """See `Images.bake`. A blob that is there already is not written again."""
-        with translated_os_errors(f"write the image layout {self.path}"), self._writing():
+        with translated_os_errors(f"write the image layout {self.path}"), self._writing(progress):
             unknown = self._unknown_sizes(plan)  # taken now: a shard just written has the size of those that follow
             new = [layer for layer in plan.layers if layer.size not in unknown]
             new = [layer for layer in new if not self._may_hold(layer)]
@@ -75,7 +79,11 @@ class LayoutImages(Images):
             manifest = plan.manifest(Descriptor.of(CONFIG, image_config), written)
             new_bytes = sum(layer.blob.size for layer, reused in layers if not reused)
             new_bytes += sum(self._write_small(content) for content in (image_config, manifest))
-            self._name(Descriptor.of(MANIFEST, manifest), name, plan.platform)
+            replaced = self._name(Descriptor.of(MANIFEST, manifest), name, plan.platform)
+            if gone := self._only_reachable_from(replaced):
+                for digest in gone:
+                    self.blob(digest).unlink(missing_ok=True)
+                progress.note(f"removed what only the image that was {name} before needed: {len(gone)} blobs")
         return Baked(Descriptor.of(MANIFEST, manifest).digest, describe(plan.layers, layers), new_bytes)
 
     def check(self, against: Snapshot | None = None, *, config: Config, progress: Progress) -> Check:
@@ -153,7 +161,7 @@ class LayoutImages(Images):
         return value
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _writing(self, progress: Progress) -> Iterator[None]:
         """Alone in a directory that is a layout, or becomes one."""
         marker = self.path / "oci-layout"
         if not marker.exists() and self.path.exists():
@@ -162,12 +170,24 @@ class LayoutImages(Images):
                 raise UsageError(f"{self.path} is not empty and is no OCI layout", "choose another directory")
         for directory in (self._blobs, self._staging):
             storage.make_directories(directory)
-        with storage.lock(self._staging / "lock"):
+        with self._lock(progress):
             storage.sweep_temporaries(self._staging)
             self._read_index()  # a damaged one ends this before the work, not after it
             if not marker.exists():
                 self._write_json(marker, {"imageLayoutVersion": "1.0.0"})
             yield
+
+    @contextmanager
+    def _lock(self, progress: Progress) -> Iterator[None]:
+        note = f"waiting for another bake into {self.path} to end"
+        waiting = threading.Timer(PATIENCE_SECONDS, progress.note, (note,))
+        waiting.start()
+        try:
+            with storage.lock(self._staging / "lock"):
+                waiting.cancel()
+                yield
+        finally:
+            waiting.cancel()
 
     def _write_json(self, path: Path, value: object) -> None:
         content = json.dumps(value, indent=2).encode()
@@ -244,15 +264,39 @@ class LayoutImages(Images):
             raise IntegrityError(f"{path} is damaged: it is no OCI image index", "choose another directory") from error
         return index
 
-    def _name(self, manifest: Descriptor, name: ImageName, platform: str) -> None:
-        """Let the name mean this image, and no other; so does its tag alone, which is all that most tools look at."""
+    def _name(self, manifest: Descriptor, name: ImageName, platform: str) -> list[dict[str, Any]]:
+        """Let the name mean this image, and no other; so does its tag alone, which is all that most tools look at.
+
+        Returns the entries that had the name before.
+        """
         index = self._read_index()
-        others = []
+        others, replaced = [], []
         for entry in index["manifests"]:
             annotations = entry.get("annotations") or {}
             full, tag = annotations.get(NAME_ANNOTATION), annotations.get(TAG_ANNOTATION)
             if full == name.canonical or (full is None and tag == name.tag):
+                replaced.append(entry)
                 continue
             others.append({**entry, "annotations": {**annotations, TAG_ANNOTATION: full}} if tag == name.tag else entry)
         entry = index_entry(manifest, name, platform)
         self._write_json(self.path / "index.json", {**index, "manifests": [*others, entry]})
+        return replaced
+
+    def _only_reachable_from(self, entries: list[dict[str, Any]]) -> set[str]:
+        """The blobs to which these entries led, and none that is in the index now; none at all where that is unsure.
+
+        What no image has led to yet stays: a bake that was killed, or another tool's, may go on with it.
+        """
+        try:
+            return self._reachable(entries) - self._reachable(self._read_index()["manifests"])
+        except (IntegrityError, LookupError, TypeError, ValueError):
+            return set()
+
+    def _reachable(self, entries: list[dict[str, Any]]) -> set[str]:
+        """The digests of all blobs that the entries of an index lead to. Raises IntegrityError if one is unreadable."""
+        found = set()
+        for entry in entries:
+            content = self._read_json(entry)
+            blobs = [entry, *content.get("layers", []), *([content["config"]] if "config" in content else [])]
+            found |= {descriptor(blob).digest for blob in blobs} | self._reachable(content.get("manifests", []))
+        return found
