@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -89,3 +92,21 @@ def test_a_difference_is_named() -> None:
     zero = torch.tensor([0.0, float("nan")])
     assert difference(stored({"a": zero}), stored({"a": zero.clone()})) is None
     assert difference(stored({"a": zero}), stored({"a": torch.tensor([-0.0, float("nan")])})) is not None
+
+
+@pytest.mark.parametrize("name", HOMES)
+def test_many_loads_leave_nothing(tmp_path: Path, name: str) -> None:
+    snapshot, loader = written(name, tmp_path), home(name)
+
+    def left() -> tuple[int, int, int]:
+        maps = Path("/proc/self/maps").read_text().count("\n")
+        return threading.active_count(), len(os.listdir("/proc/self/fd")), maps
+
+    for _ in range(20):
+        loader.load(snapshot, "cpu")
+    threads, files, maps = left()
+    for _ in range(200):
+        loader.load(snapshot, "cpu")
+    gc.collect()
+    assert left()[:2] == (threads, files)
+    assert left()[2] <= maps + 20
