@@ -97,7 +97,7 @@ def _show(result: AdviseResult) -> None:
     )  # fmt: skip
     _wrapped([f"{result.model}: {units.size(result.bytes)}, {units.count(result.layers, 'layer')}", ", ".join(about)])
     columns = ("", "cold start", "pull", "start", "load", "deploy", "storage", "transfer")
-    ui.show_table(columns, [_cells(option, result.recommendation) for option in result.options])
+    ui.show_table(columns, [_cells(option, result) for option in result.options])
     month = units.count(given.updates_per_month, "update")
     _wrapped([f"transfer: {month} a month, to {units.count(given.replicas, 'replica')}", ""])
     _wrapped([*_reasons(result), "", *_changes(result), "", *_origins(result)])
@@ -120,11 +120,17 @@ def _figure(name: str, value: float) -> str:
     return units.seconds(value) if name == "start" else units.rate(value)
 
 
-def _cells(option: Option, recommended: str) -> tuple[str, ...]:
+def _least(result: AdviseResult) -> bool:
+    """Whether a pull takes longer than it is said to, since no engine was measured."""
+    return any(figure.name == "unpack" and figure.origin == "measured" for figure in result.figures)
+
+
+def _cells(option: Option, result: AdviseResult) -> tuple[str, ...]:
+    least = "≥ " if option.name == "container" and _least(result) else ""
     parts = {part.name: units.seconds(part.seconds) for part in option.start}
     return (
-        f"{option.name}{' ←' if option.name == recommended else ''}",
-        units.seconds(option.start_seconds),
+        f"{option.name}{' ←' if option.name == result.recommendation else ''}",
+        least + units.seconds(option.start_seconds),
         *(parts.get(name, "") for name in ("pull", "start", "load")),
         units.seconds(option.deploy_seconds),
         units.size(option.storage_bytes),
@@ -146,7 +152,7 @@ def _reasons(result: AdviseResult) -> list[str]:
             f"  It starts within {units.share(CLOSE)} of the soonest ({quickest.name}), and deploys in "
             f"{units.seconds(best.deploy_seconds)} instead of {units.seconds(quickest.deploy_seconds)}."
         )
-    if any(figure.name == "unpack" and figure.origin == "measured" for figure in result.figures):
+    if _least(result):
         lines.append(
             "  No engine was measured: the container's pull is the least that it can take. To measure one: "
             "weightctl bench MODEL --scenario image --scenario volume --scenario model --registry HOST/NAME "
@@ -174,5 +180,5 @@ def _changes(result: AdviseResult) -> list[str]:
 
 def _turn(turn: Turn) -> str:
     if turn.variable == "cores":
-        return f"{turn.instead} {'below' if turn.side == 'below' else 'from'} {turn.value:.0f} cores"
-    return f"{turn.instead} {turn.side} {units.size(turn.value)}/s of {VARIABLES[turn.variable]}"
+        return f"{turn.instead}, {turn.side} {turn.value:.0f} cores"
+    return f"{turn.instead}, {turn.side} {units.size(turn.value)}/s of {VARIABLES[turn.variable]}"
