@@ -188,8 +188,7 @@ class RegistryClient:
 
     def put_manifest(self, tag: str, content: bytes) -> None:
         """Let the tag mean this manifest. Raises IntegrityError if the registry gives back another one."""
-        path = f"manifests/{tag}"
-        self._call("PUT", path, expect=(200, 201, 202), headers={"Content-Type": MANIFEST}, body=content)
+        self._put_manifest(f"manifests/{tag}", content)
         digest = Descriptor.of(MANIFEST, content).digest
         stored = self.manifest(digest)
         if stored is None or stored[1] != content:
@@ -201,6 +200,18 @@ class RegistryClient:
         Raises RegistryError where the registry does not let images be deleted.
         """
         self._call("DELETE", f"manifests/{digest}", expect=(200, 202, 404))
+
+    def _put_manifest(self, path: str, content: bytes) -> None:
+        patience = Patience()
+        while True:
+            try:
+                self._call("PUT", path, expect=(200, 201, 202), headers={"Content-Type": MANIFEST}, body=content)
+                return
+            except RegistryError as error:
+                # docker-registry does not find a blob at the moment when another push of it ends and rewrites its link.
+                if error.code not in ("BLOB_UNKNOWN", "DIGEST_INVALID", "MANIFEST_BLOB_UNKNOWN"):
+                    raise
+                patience.wait(error)
 
     # uploads
 
