@@ -1,21 +1,26 @@
-"""Every strategy on a large random Llama on a GPU: the bench table, its JSON, and whether load_model thinks right.
+"""Every strategy on a large random Llama on a GPU, and what a server that loads a model at start waits for.
 
-python tests/benchmarks/load_on_gpu.py --directory /tmp/llama --gib 8
+python -m tests.benchmarks.load_on_gpu --directory /tmp/llama --gib 16 [--phases warm,cold,memory,small,process,logits]
+
+A disk that holds the model three times, and as much memory, make all of it possible.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 SHARD_BYTES = 2 << 30
-STRATEGIES = ("safetensors", "pipelined", "torch", "tensorizer")
+STRATEGIES = ("pipelined", "safetensors", "fastsafetensors", "runai", "instanttensor")
 
 
 def write_llama(directory: Path, nbytes: int) -> None:
@@ -78,27 +83,20 @@ def write_llama(directory: Path, nbytes: int) -> None:
     (directory / "config.json").write_text(json.dumps(config))
 
 
-def check_logits(directory: Path, scratch: Path, device: str) -> None:
+def check_logits(directory: Path) -> None:
     """load_model by each strategy against from_pretrained: the same logits, bit by bit."""
     import transformers
 
     import weightctl
 
-    tokens = torch.arange(64, device=device)[None]
+    tokens = torch.arange(64, device="cuda")[None]
     with torch.no_grad():
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, device_map={"": device})
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, device_map={"": "cuda"})
         expected = theirs.eval()(tokens).logits.cpu()
         del theirs
         for strategy in STRATEGIES:
             torch.cuda.empty_cache()
-            model = directory
-            if strategy not in ("safetensors", "pipelined"):
-                (converted,) = scratch.glob(
-                    "*/" + {"torch": "pytorch_model.bin", "tensorizer": "model.tensors"}[strategy]
-                )
-                (converted.parent / "config.json").write_bytes((directory / "config.json").read_bytes())
-                model = converted
-            ours = weightctl.load_model(model, device=device, strategy=strategy)
+            ours = weightctl.load_model(directory, device="cuda", strategy=strategy)
             equal = torch.equal(ours(tokens).logits.cpu(), expected)
             placed = {str(tensor.device) for tensor in (*ours.parameters(), *ours.buffers())}
             print(
@@ -108,27 +106,96 @@ def check_logits(directory: Path, scratch: Path, device: str) -> None:
             del ours
 
 
+WHOLE = {
+    "weightctl.load_model": """
+import sys, torch, weightctl
+model = weightctl.load_model(sys.argv[1], "cuda")
+""",
+    "from_pretrained": """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], device_map={"": "cuda"}).eval()
+""",
+}
+"""What a server does once, at start."""
+
+PEAKS = """
+torch.cuda.synchronize()
+nbytes = sum(tensor.nbytes for tensor in model.parameters())
+print(torch.cuda.max_memory_allocated() / nbytes, torch.cuda.max_memory_reserved() / nbytes)
+"""
+
+
+def time_whole_processes(directory: Path, rounds: int) -> None:
+    """From the start of Python to a model on the device, by turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in WHOLE}
+    peaks: dict[str, str] = {}
+    for _ in range(rounds):
+        for name, program in WHOLE.items():
+            began = time.monotonic()
+            done = subprocess.run(
+                [sys.executable, "-c", program + PEAKS, str(directory)], stdout=subprocess.PIPE, text=True, check=True
+            )
+            seconds[name].append(time.monotonic() - began)
+            peaks[name] = done.stdout.strip()
+    print("whole process, seconds of each round; peak device memory allocated and reserved / the model's")
+    for name, found in seconds.items():
+        each = ", ".join(f"{one:.2f}" for one in found)
+        print(f"{name:24} {statistics.median(found):6.2f}  ({each})  {peaks[name]}", flush=True)
+
+
+def bench(model: Path, output: Path, *options: object) -> None:
+    """As a user runs it."""
+    command = (sys.executable, "-m", "weightctl", "bench", model, "--device", "cuda", "--output", output, *options)
+    subprocess.run([*map(str, command)], check=True)
+
+
 def main() -> None:
-    """Make the model, run the bench as a user does, then compare logits."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--directory", type=Path, default=Path("llama"))
-    parser.add_argument("--gib", type=float, default=8)
+    """Make the models, run the bench as a user does, then look at models in whole processes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--directory", type=Path, default=Path("llama"), help="on a disk")
+    parser.add_argument("--memory", type=Path, default=Path("/dev/shm/llama"), help="on a tmpfs")
+    parser.add_argument("--gib", type=float, default=16)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--cache", action="append", choices=("warm", "cold"))
-    parser.add_argument("--output", type=Path, default=Path("load_on_gpu.json"))
+    parser.add_argument("--output", type=Path, default=Path(), help="a directory for the results")
+    parser.add_argument("--phases", default="warm,cold,memory,small,process,logits")
     arguments = parser.parse_args()
     directory, scratch = arguments.directory.absolute() / "model", arguments.directory.absolute() / "scratch"
     if not (directory / "config.json").exists():
         write_llama(directory, int(arguments.gib * (1 << 30)))
-    command = [
-        *(sys.executable, "-m", "weightctl", "bench", str(directory), "--device", arguments.device),
-        *(option for cache in arguments.cache or ("warm", "cold") for option in ("--cache", cache)),
-        *("--runs", str(arguments.runs), "--scratch", str(scratch)),
-        *("--output", str(arguments.output)),
-    ]
-    subprocess.run(command, check=True)
-    check_logits(directory, scratch, "cuda:0" if arguments.device == "cuda" else arguments.device)
+    options = ("--runs", arguments.runs, "--scratch", scratch)
+    quick = [option for name in ("pipelined", "instanttensor", "safetensors") for option in ("--strategy", name)]
+
+    def warm() -> None:
+        bench(directory, arguments.output / "warm.json", "--cache", "warm", *options)
+
+    def cold() -> None:
+        bench(directory, arguments.output / "cold.json", "--cache", "cold", *quick, *options)
+
+    def memory() -> None:
+        copy = arguments.memory.absolute() / "model"
+        shutil.copytree(directory, copy, dirs_exist_ok=True)
+        bench(copy, arguments.output / "memory.json", "--cache", "warm", *quick, *options)
+        shutil.rmtree(copy)
+
+    def small() -> None:
+        for name, nbytes in (("1-gib", 1 << 30), ("91-mb", 91 * 10**6)):
+            model = arguments.directory.absolute() / name
+            write_llama(model, nbytes)
+            bench(model, arguments.output / f"{name}.json", "--cache", "warm", *quick, *options)
+
+    def process() -> None:
+        time_whole_processes(directory, arguments.runs)
+
+    def logits() -> None:
+        check_logits(directory)
+
+    phases = {action.__name__: action for action in (warm, cold, memory, small, process, logits)}
+    for name in arguments.phases.split(","):
+        began = time.monotonic()
+        print(f"\n== {name}", flush=True)
+        phases[name]()
+        print(f"({time.monotonic() - began:.0f} s)", flush=True)
 
 
 if __name__ == "__main__":
