@@ -56,6 +56,13 @@ def _name(value: object) -> str:
     return value
 
 
+def _share(value: object) -> float:
+    number = float(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else -1.0
+    if not 0 <= number <= 1:
+        raise ValueError
+    return number
+
+
 def _one_of(*allowed: str) -> dict[str, Any]:
     def parse(value: object) -> object:
         if value not in allowed:
@@ -96,8 +103,14 @@ class Config:
         ),
     )
     runs: int = field(
-        default=3,
-        metadata=_setting(_integer(1, 1000), "a whole number from 1 to 1000", "measured runs of each bench row"),
+        default=10,
+        metadata=_setting(_integer(1, 1000), "a whole number from 1 to 1000", "runs of each bench row, at most"),
+    )
+    precision: float = field(
+        default=0.05,
+        metadata=_setting(
+            _share, "a number from 0 to 1", "a bench ends when it knows every median to this share of it, either side"
+        ),
     )
     timeout: int = field(
         default=600,

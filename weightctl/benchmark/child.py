@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
-import importlib.metadata
 import json
 import os
-import platform
 import signal
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightctl.benchmark.ceilings import copy_to_device, forget_files, read_files
+from weightctl.benchmark import ceilings
+from weightctl.benchmark.environment import describe
+from weightctl.benchmark.hashing import Fingerprint, TensorHash, fingerprint_difference
 from weightctl.benchmark.meeting import meeting
 from weightctl.errors import WeightctlError
-from weightctl.loaders import choose_device, loaders, open_stored
-from weightctl.loaders.stored import difference, stored
+from weightctl.loaders import Loader, loaders
 from weightctl.model import File, Snapshot
 
 if TYPE_CHECKING:
@@ -26,11 +26,19 @@ if TYPE_CHECKING:
 
 PR_SET_PDEATHSIG = 1
 PAGE_BYTES = 4096
-LIBRARIES = ("torch", "transformers", "safetensors", "tensorizer", "accelerate")
+
+COLD_RESIDENCY = 0.05
+"""More of the files than this in the page cache, and they are not cold."""
+
+WARM_RESIDENCY = 0.95
+"""Less, and they are not warm."""
+
+EVICTIONS, EVICTION_SECONDS = 5, 0.2
 
 
 def main() -> None:
     """Do the job on standard input. What libraries print goes to standard error."""
+    entered = time.monotonic()
     with os.fdopen(os.dup(1), "w") as reply:
         os.dup2(2, 1)
         job = json.load(sys.stdin)
@@ -38,73 +46,122 @@ def main() -> None:
         if os.getppid() != job["parent"]:
             return
         try:
-            outcome = measure(job) if "strategy" in job else describe(job["device"])
+            outcome = JOBS[job.get("job", "describe")](job, entered - job["began"])
         except WeightctlError as error:
             outcome = {"error": error.message, "hint": error.hint, "exit_code": error.exit_code}
         json.dump(outcome, reply)
 
 
-def describe(device: str) -> dict[str, Any]:
-    """The device that is meant, its ceiling, and what a reader of the numbers has to know of the machine."""
-    import torch
-
-    device = choose_device(device)
-    environment: dict[str, Any] = {
-        "weightctl": importlib.metadata.version("weightctl"),
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpus": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "device": device,
-    }
-    environment.update((name, _version(name)) for name in LIBRARIES)
-    ceilings: dict[str, float] = {}
-    if device != "cpu":
-        ceilings["host_to_device"] = copy_to_device(device)
-        driver = Path("/sys/module/nvidia/version")
-        environment["gpu"] = torch.cuda.get_device_name(device)
-        environment["gpu_memory_bytes"] = torch.cuda.mem_get_info(device)[1]
-        environment["cuda"] = torch.version.cuda
-        environment["driver"] = driver.read_text().strip() if driver.exists() else None
-    return {"environment": environment, "ceilings": ceilings}
+def _describe(job: dict[str, Any], _: float) -> dict[str, Any]:
+    return {"environment": describe(job["device"], [Path(path) for path in job.get("files", ())])}
 
 
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _ceilings(job: dict[str, Any], _: float) -> dict[str, Any]:
+    """What the machine can do now, in bytes a second: the best way to read, of those that there are."""
+    paths, threads = [Path(path) for path in job["files"]], job["threads"]
+    found: dict[str, float] = {}
+    if "cold" in job["caches"]:
+        for direct in (False, True):
+            _evict(paths, job["drop_caches"])
+            if ceilings.residency(paths) <= COLD_RESIDENCY:
+                with contextlib.suppress(WeightctlError):  # a filesystem without O_DIRECT
+                    rate = ceilings.read_files(paths, threads, direct=direct)
+                    found["cold_read"] = max(found.get("cold_read", 0.0), rate)
+    ceilings.read_files(paths, threads)
+    if "warm" in job["caches"]:
+        found["warm_read"] = max(ceilings.read_files(paths, threads) for _ in range(3))
+        if job["device"] == "cpu":
+            found["warm_map"] = max(ceilings.map_files(paths, threads) for _ in range(3))
+    if job["device"] != "cpu":
+        found["host_to_device"] = ceilings.copy_to_device(job["device"])
+    return found
 
 
-def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Load once by the clock, then compare every tensor with the model's own bytes."""
+def _load(job: dict[str, Any], start: float) -> dict[str, Any]:
+    """Load once by the clock, then look whether that brought what the model's own files hold."""
+    watch = _Stopwatch({"start": start})
     importlib.import_module(job["module"])  # registers the strategy, wherever it comes from
     loader = loaders.get(job["strategy"])()
-    snapshot, model = _snapshot(job["snapshot"]), _snapshot(job["model"])
-    files = [Path(path) for path in job["weights"]]
+    snapshot = _snapshot(job["snapshot"])
     loader.prepare(snapshot)
+    watch.lap("imports")
     with meeting(job) as met:
-        device = met.device
-        free = _start(device)
+        free = _start(met.device)
+        watch.lap("device")
+        files = [Path(path) for path in job["files"]]
         if met.rank == 0:
-            read_files(files, job["threads"])
+            ceilings.read_files(files, job["threads"])
             if job["cache"] == "cold":
-                forget_files(files)
+                _evict(files, job["drop_caches"])
         met.wait()
-        began = time.perf_counter()
+        residency = ceilings.residency(files)
+        _forget_peaks(met.device)
+        met.wait()
+        watch.restart()
         tensors = met.load(loader, snapshot)
-        _settle(tensors, device)
-        seconds = time.perf_counter() - began
-    outcome = {"seconds": seconds, "peak_host_bytes": _peak_host(), "peak_device_bytes": _peak_device(device, free)}
-    elsewhere = [name for name, tensor in tensors.items() if tensor.device.type != device.partition(":")[0]]
-    found = f"{elsewhere[0]} is not on {device}" if elsewhere else None
-    named = loader.as_stored(tensors, snapshot)
-    return {**outcome, "difference": found or difference(open_stored(model), stored(named))}
+        _settle(tensors, met.device)
+        seconds = watch.lap("loading")
+        outcome = {
+            "seconds": seconds,
+            "residency": residency,
+            "mark": _mark(job["cache"], residency),
+            "peak_host_bytes": _peak_host(),
+            "peak_pinned_bytes": _peak_pinned(met.device),
+            "peak_device_bytes": _peak_device(met.device, free),
+            "difference": _difference(job, loader, snapshot, tensors, met.device),
+        }
+        if job["construct"] and outcome["difference"] is None:
+            _construct(loader, snapshot, tensors, met.device, watch)
+        return {**outcome, "phases": watch.phases}
+
+
+class _Loaded(Loader):
+    """Gives what is there already."""
+
+    formats = ()
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def load(self, snapshot: Snapshot, device: str) -> dict[str, torch.Tensor]:  # noqa: ARG002
+        return self._tensors
+
+
+class _Stopwatch:
+    def __init__(self, phases: dict[str, float]) -> None:
+        self.phases = phases
+        self.restart()
+
+    def restart(self) -> None:
+        self._began = time.perf_counter()
+
+    def lap(self, phase: str) -> float:
+        """Put down what has passed, and go on."""
+        now = time.perf_counter()
+        self.phases[phase], self._began = now - self._began, now
+        return self.phases[phase]
 
 
 def _snapshot(value: dict[str, Any]) -> Snapshot:
     files = [File(path, size, Path(source)) for path, size, source in value["files"]]
     return Snapshot(value["name"], Path(value["root"]), tuple(files))
+
+
+def _evict(files: list[Path], everything: bool) -> None:
+    """Drop the files from the page cache, again where the kernel was still busy with their pages."""
+    for _ in range(EVICTIONS):
+        ceilings.forget_files(files)
+        if everything:
+            ceilings.drop_caches()
+        if ceilings.residency(files) <= COLD_RESIDENCY:
+            return
+        time.sleep(EVICTION_SECONDS)
+
+
+def _mark(cache: str, residency: float) -> str | None:
+    """Why a run does not count; None if the page cache was as it should be."""
+    wrong = residency > COLD_RESIDENCY if cache == "cold" else residency < WARM_RESIDENCY
+    return f"it was not {cache}: {residency * 100:.0f} % of the files was cached" if wrong else None
 
 
 def _start(device: str) -> int:
@@ -115,8 +172,17 @@ def _start(device: str) -> int:
         return 0
     torch.zeros(1, device=device)
     torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
     return torch.cuda.mem_get_info(device)[0]
+
+
+def _forget_peaks(device: str) -> None:
+    """What was needed to come here does not count."""
+    import torch
+
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the largest resident set, proc(5)
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _settle(tensors: dict[str, torch.Tensor], device: str) -> None:
@@ -136,6 +202,16 @@ def _peak_host() -> int:
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
 
 
+def _peak_pinned(device: str) -> int | None:
+    """What torch's allocator of pinned memory held. A library with calls of its own to CUDA tells nobody."""
+    import torch
+
+    if device == "cpu":
+        return 0
+    counted: dict[str, int] = getattr(torch.cuda, "host_memory_stats", dict)()
+    return counted.get("allocated_bytes.peak") or None
+
+
 def _peak_device(device: str, free: int) -> int:
     """By torch's count, or what is gone from the device where another allocator took more."""
     import torch
@@ -143,3 +219,34 @@ def _peak_device(device: str, free: int) -> int:
     if device == "cpu":
         return 0
     return max(torch.cuda.max_memory_allocated(device), free - torch.cuda.mem_get_info(device)[0])
+
+
+def _difference(
+    job: dict[str, Any], loader: Loader, snapshot: Snapshot, tensors: dict[str, torch.Tensor], device: str
+) -> str | None:
+    for name, tensor in tensors.items():
+        if tensor.device.type != device.partition(":")[0]:
+            return f"{name} is not on {device}"
+    expected = [Fingerprint(name, dtype, tuple(shape), digest) for name, dtype, shape, digest in job["expected"]]
+    actual = TensorHash(bytes.fromhex(job["key"]), device).fingerprints(loader.as_stored(tensors, snapshot))
+    return fingerprint_difference(expected, actual)
+
+
+def _construct(
+    loader: Loader, snapshot: Snapshot, tensors: dict[str, torch.Tensor], device: str, watch: _Stopwatch
+) -> None:
+    """Build the model around the tensors, where a load has not done that and transformers knows the model."""
+    from weightctl.loaders.transformers import TransformersLoader
+
+    if isinstance(loader, TransformersLoader) or TransformersLoader.unavailable() or not snapshot.file("config.json"):
+        return
+    from weightctl.loaders.models import build_model
+
+    TransformersLoader().prepare(snapshot)
+    watch.restart()
+    model = build_model(snapshot, _Loaded(loader.as_stored(tensors, snapshot)), device, "auto")
+    _settle(dict(model.named_parameters()), device)
+    watch.lap("construction")
+
+
+JOBS = {"describe": _describe, "ceilings": _ceilings, "load": _load}

@@ -264,8 +264,14 @@ class BenchResult:
 
 def write_result(result: BenchResult, path: Path) -> None:
     """Write it as JSON, in one step."""
-    with translated_os_errors(f"write {path}"), storage.atomic_write(path.absolute()) as stream:
-        storage.write_all(stream)(memoryview(json.dumps(asdict(result), indent=2).encode() + b"\n"))
+    path = path.absolute()
+    encoded = json.dumps(asdict(result), indent=2).encode() + b"\n"
+    with (
+        translated_os_errors(f"write {path}"),
+        storage.staging_beside(path) as staging,
+        storage.atomic_write(path, staging) as stream,
+    ):
+        storage.write_all(stream)(memoryview(encoded))
 
 
 def read_result(path: Path) -> BenchResult:

@@ -1,4 +1,4 @@
-"""Runs one job in a process group of its own, and tells how it ended."""
+"""Runs jobs in process groups of their own, and tells how they ended."""
 
 from __future__ import annotations
 
@@ -9,90 +9,142 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from weightctl.benchmark.hashing import Fingerprint
 from weightctl.benchmark.meeting import invitations, together
-from weightctl.benchmark.statistics import Run
+from weightctl.benchmark.results import Run
 from weightctl.errors import IntegrityError, UsageError, WeightctlError
 from weightctl.loaders import Loader
 from weightctl.model import Snapshot
-from weightctl.storage import in_parallel
 
 _START = "import sys; sys.path[:] = sys.argv[1:]; from weightctl.benchmark.child import main; main()"
 """Imports what this process imports, and nothing from the working directory, which `-m` would: it may be a model's."""
 
+POLL_SECONDS = 0.02
 
-def run_load(
-    loader: Loader,
-    snapshot: Snapshot,
-    model: Snapshot,
-    *,
-    weights: list[Path],
-    device: str,
-    cache: str,
-    threads: int,
-    timeout: float,
-    nproc: int = 1,
-) -> Run:
-    """Load `snapshot` once in a fresh process, or in `nproc` at once, and compare it with `model`.
 
-    `weights` are the files that are read beforehand and, for a cold cache, dropped from it. `timeout` (seconds) is
-    for the whole process.
+@dataclass(frozen=True)
+class Job:
+    """What every load of a bench has in common."""
+
+    device: str
+    threads: int
+    timeout: float
+    """Seconds, for the whole process."""
+    key: bytes
+    expected: tuple[Fingerprint, ...]
+    """Of the model's own tensors, by `key`."""
+    processes: int = 1
+    """That load at once, each to a device of its own."""
+    drop_caches: bool = False
+    construct: bool = False
+
+
+def run_load(loader: Loader, snapshot: Snapshot, cache: str, number: int, job: Job) -> Run:
+    """Load `snapshot` once in a fresh process (or several), and compare what that gives with `job.expected`.
+
+    Its files are read beforehand and, for a cold cache, dropped from it. However the load ends, that is the `Run` of
+    the round `number`.
     """
-    job = {
+    given = {
+        "job": "load",
         "strategy": loader.name,
         "module": type(loader).__module__,
         "snapshot": _plain(snapshot),
-        "model": _plain(model),
-        "weights": [str(path) for path in weights],
-        "device": device,
+        "files": [str(file.source) for file in snapshot.files if file.size],
+        "device": job.device,
         "cache": cache,
-        "threads": threads,
-        "timeout": timeout,
+        "threads": job.threads,
+        "key": job.key.hex(),
+        "expected": [(each.name, each.dtype, each.shape, each.digest) for each in job.expected],
+        "drop_caches": job.drop_caches,
+        "construct": job.construct,
+        "timeout": job.timeout,
     }
     try:
-        with tempfile.TemporaryDirectory() as scratch:
-            jobs = invitations(job, nproc, f"{scratch}/store")
-            outcome = together(in_parallel(lambda one: run_job(one, timeout), jobs, nproc))
+        with tempfile.TemporaryDirectory(prefix="weightctl-meeting-") as directory:
+            jobs = invitations(given, job.processes, str(Path(directory) / "store"))
+            outcome = together(run_jobs(jobs, job.timeout))
     except WeightctlError as error:
-        return Run("failed", error.message)
-    if outcome["difference"]:
-        return Run("failed", f"it loaded something else: {outcome['difference']}")
-    return Run("ok", None, outcome["seconds"], outcome["peak_host_bytes"], outcome["peak_device_bytes"])
+        return Run(number, "failed", error.message)
+    if difference := outcome.pop("difference"):
+        return Run(number, "failed", f"it loaded something else: {difference}")
+    mark = outcome.pop("mark")
+    return Run(number, "ok", mark=mark if number else "it was the warm-up", **outcome)
 
 
 def run_job(job: Mapping[str, Any], timeout: float) -> dict[str, Any]:
-    """The outcome of one job. Raises WeightctlError if the process fails, crashes, or outlasts `timeout` seconds.
+    """The outcome of one job; see `run_jobs`."""
+    return run_jobs([job], timeout)[0]
 
-    However this ends, nothing of the process group is left.
+
+def run_jobs(jobs: Sequence[Mapping[str, Any]], timeout: float) -> list[dict[str, Any]]:
+    """The outcomes of jobs that run at once, each in a process of its own.
+
+    Raises WeightctlError if one fails, crashes, or outlasts `timeout` seconds: then none goes on. However this ends,
+    nothing of their process groups is left.
     """
-    command = [sys.executable, "-c", _START, *sys.path]
-    with tempfile.TemporaryFile() as errors:
+    with contextlib.ExitStack() as stack:
+        running = [stack.enter_context(_started(job)) for job in jobs]
+        deadline = time.monotonic() + timeout
+        while any(each.process.poll() is None for each in running):
+            if any(each.process.returncode for each in running):
+                break
+            if time.monotonic() > deadline:
+                raise WeightctlError(f"it was stopped: it had not ended after {timeout:g} seconds")
+            time.sleep(POLL_SECONDS)
+        for each in running:
+            if each.process.returncode:
+                raise each.failure()
+        return [each.outcome() for each in running]
+
+
+@dataclass(frozen=True)
+class _Running:
+    process: subprocess.Popen[bytes]
+    reply: IO[bytes]
+    errors: IO[bytes]
+
+    def failure(self) -> WeightctlError:
+        """Why it ended as it did, told by a signal or the last line that it wrote."""
+        code = self.process.returncode
+        if code < 0:
+            name = signal.Signals(-code).name
+            return WeightctlError(f"it crashed with {name}" + (" (out of memory?)" if name == "SIGKILL" else ""))
+        self.errors.seek(0)
+        last = self.errors.read().decode(errors="replace").strip().rpartition("\n")[2]
+        return WeightctlError(f"it ended with exit code {code}: {last[:300]}")
+
+    def outcome(self) -> dict[str, Any]:
+        """What it replied. Raises the WeightctlError that it met."""
+        self.reply.seek(0)
+        outcome: dict[str, Any] = json.load(self.reply)
+        if "error" in outcome:
+            kinds = {kind.exit_code: kind for kind in (WeightctlError, UsageError, IntegrityError)}
+            raise kinds[outcome["exit_code"]](outcome["error"], outcome["hint"])
+        return outcome
+
+
+@contextlib.contextmanager
+def _started(job: Mapping[str, Any]) -> Iterator[_Running]:
+    """Files instead of pipes: nobody has to feed or to drain one process while it waits for another."""
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as reply, tempfile.TemporaryFile() as errors:
+        given.write(json.dumps({**job, "parent": os.getpid(), "began": time.monotonic()}).encode())
+        given.seek(0)
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+            [sys.executable, "-c", _START, *sys.path], stdin=given, stdout=reply, stderr=errors, start_new_session=True
         )
         try:
-            output, _ = process.communicate(json.dumps({**job, "parent": os.getpid()}).encode(), timeout)
-        except subprocess.TimeoutExpired:
-            raise WeightctlError(f"it was stopped: it had not ended after {timeout:g} seconds") from None
+            yield _Running(process, reply, errors)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        if process.returncode < 0:
-            name = signal.Signals(-process.returncode).name
-            raise WeightctlError(f"it crashed with {name}" + (" (out of memory?)" if name == "SIGKILL" else ""))
-        if process.returncode:
-            errors.seek(0)
-            last = errors.read().decode(errors="replace").strip().rpartition("\n")[2]
-            raise WeightctlError(f"it ended with exit code {process.returncode}: {last[:300]}")
-    outcome: dict[str, Any] = json.loads(output)
-    if "error" in outcome:
-        kinds = {kind.exit_code: kind for kind in (WeightctlError, UsageError, IntegrityError)}
-        raise kinds[outcome["exit_code"]](outcome["error"], outcome["hint"])
-    return outcome
 
 
 def _plain(snapshot: Snapshot) -> dict[str, Any]:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
-from weightctl.cli import options, ui
+from weightctl.cli import bench_table, options, ui
 from weightctl.cli import scenario as ways
 from weightctl.config import Config
-
-if TYPE_CHECKING:
-    from weightctl.benchmark.statistics import Row
-    from weightctl.operations.bench import BenchResult
+from weightctl.errors import UsageError, WeightctlError
 
 
 def bench(
-    model: options.Model,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="org/name[@revision], ./dir, /dir, file:///dir or volume:DIR#name[@version].",
+            show_default=False,
+        ),
+    ] = None,
     strategy: Annotated[
         list[str] | None,
         typer.Option(
@@ -34,8 +38,23 @@ def bench(
         ),
     ] = None,
     runs: Annotated[
-        int | None, typer.Option(metavar="N", help="Measured runs of each row [default: 3].", show_default=False)
+        int | None,
+        typer.Option(metavar="N", help="Runs of each row, at most [default: 10].", show_default=False),
     ] = None,
+    precision: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="End when every median is known to this share of it, either side [default: 0.05].",
+            show_default=False,
+        ),
+    ] = None,
+    drop_caches: Annotated[
+        bool, typer.Option("--drop-caches", help="Empty the whole page cache for a cold run; needs root.")
+    ] = False,
+    construct: Annotated[
+        bool, typer.Option("--construct", help="Build the model after each load, and time that too.")
+    ] = False,
     nproc: Annotated[
         int,
         typer.Option(
@@ -58,6 +77,29 @@ def bench(
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Save the result as JSON after every run.", show_default=False)
     ] = None,
+    report: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write a report: .html .svg .png .md .csv .json (repeatable).",
+            show_default=False,
+        ),
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(metavar="OLD.json", help="Say what has changed since.", show_default=False)
+    ] = None,
+    fail_below: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FLOOR",
+            help="Exit with 1 below this share of the limit, as 'pipelined>=0.7' (repeatable).",
+            show_default=False,
+        ),
+    ] = None,
+    saved: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="RESULT.json", help="Show a saved result; measure nothing.", show_default=False),
+    ] = None,
     scenario: ways.Scenarios = None,
     engine: ways.Engines = None,
     jobs: ways.Jobs = None,
@@ -75,58 +117,50 @@ def bench(
 
     Each run is a fresh process, and every tensor is compared with the model's own bytes. Prints a table.
     """
+    from weightctl.benchmark.reports import report_for, write_report
+    from weightctl.benchmark.summary import Floor
     from weightctl.operations.bench import bench as run
+    from weightctl.operations.bench import reopen
 
-    given = {"device": device, "runs": runs, "timeout": timeout, "workers": workers, "cache_dir": cache_dir}
-    if scenario:
+    for path in report or ():
+        report_for(path)
+    floors = [Floor.parse(text) for text in fail_below or ()]
+    config = Config.load(
+        {
+            "device": device, "runs": runs, "precision": precision, "timeout": timeout, "workers": workers,
+            "cache_dir": cache_dir, "plain_http": plain_http,
+        }
+    )  # fmt: skip
+    wanted: dict[str, Any] = {
+        "revision": revision,
+        "include": include or (),
+        "exclude": exclude or (),
+        "output": output,
+    }
+    if saved is not None and model is None:
+        result = reopen(saved, compare)
+    elif model is None or saved is not None:
+        raise UsageError("bench needs a MODEL, or --from with a saved result, and not both", "weightctl bench --help")
+    elif scenario:
         shipping = ways.shipping(scenario, engine, jobs, registry, volume, scratch, strategy)
-        wanted = {"revision": revision, "include": include or (), "exclude": exclude or (), "output": output}
-        return ways.bench(model, shipping, wanted, Config.load({**given, "plain_http": plain_http}), json)
-    with ui.progress() as progress:
-        result = run(
-            model, strategies=strategy or (), caches=cache or (), nproc=nproc, scratch=scratch, output=output,
-            revision=revision, include=include or (), exclude=exclude or (), config=Config.load(given),
-            progress=progress,
-        )  # fmt: skip
+        result = ways.measure(model, shipping, wanted, config)
+    else:
+        with ui.progress() as progress:
+            result = run(
+                model, strategies=strategy or (), caches=cache or (), nproc=nproc, drop_caches=drop_caches,
+                construct=construct, scratch=scratch, against=compare, floors=floors, **wanted, config=config,
+                progress=progress,
+            )  # fmt: skip
+    for path in report or ():
+        write_report(result, path)
     if json:
         ui.show_json(result)
     else:
-        _show(result)
-    if not any(row.status == "ok" for row in result.results):
+        (ways.show if result.scenarios else bench_table.show)(result)
+    if not result.complete and saved is None:
+        raise KeyboardInterrupt
+    if short := [why for floor in floors if (why := floor.shortfall(result))]:
+        raise WeightctlError("; ".join(short), "see which of reading, copying and the strategy has become slower")
+    statuses = [row.status for row in result.results] + [row.status for row in result.scenarios]
+    if "ok" not in statuses:
         raise typer.Exit(1)
-    return None
-
-
-def _show(result: BenchResult) -> None:
-    ui.show(_headline(result))
-    columns = ("strategy", "cache", "median", "GB/s", "ceiling", "host", "device", "verified")
-    ui.show_table(columns, [_cells(row, result.ceilings) for row in result.results if row.status != "unavailable"])
-    for reason in dict.fromkeys(f"{r.strategy} {r.status}: {r.reason}" for r in result.results if r.status != "ok"):
-        ui.show(reason)
-
-
-def _headline(result: BenchResult) -> str:
-    environment, model = result.environment, result.model
-    rates = ", ".join(f"{name.replace('_', ' ')} {rate / 1e9:.2f} GB/s" for name, rate in result.ceilings.items())
-    return (
-        f"{model['name']}: {model['tensors']} tensors, {ui.size(model['bytes'])}, {model['format']}, "
-        f"to {environment.get('gpu', environment['device'])}\nceilings: {rates}"
-    )
-
-
-def _cells(row: Row, ceilings: dict[str, float]) -> tuple[str, ...]:
-    from weightctl.benchmark.statistics import ceiling
-
-    if row.median_seconds is None or row.bytes_per_second is None:
-        return (row.strategy, row.cache, row.status, "", "", "", "", "no")
-    limit = ceiling(ceilings, row.cache)
-    return (
-        row.strategy,
-        row.cache,
-        ui.seconds(row.median_seconds),
-        f"{row.bytes_per_second / 1e9:.2f}",
-        f"{row.bytes_per_second / limit:.2f}×" if limit else "",
-        ui.size(row.peak_host_bytes or 0),
-        ui.size(row.peak_device_bytes) if row.peak_device_bytes else "",
-        "yes" if row.verified else "no",
-    )

@@ -69,20 +69,12 @@ def shipping(
     )  # fmt: skip
 
 
-def bench(model: str, shipping: Shipping, wanted: Mapping[str, Any], config: Config, json: bool) -> None:
-    """Run the scenarios and show them. Exits with 1 if none worked, with 130 if they were interrupted."""
+def measure(model: str, shipping: Shipping, wanted: Mapping[str, Any], config: Config) -> BenchResult:
+    """Run the scenarios."""
     from weightctl.operations.scenario import run_scenarios
 
     with ui.progress() as progress:
-        result = run_scenarios(model, shipping, **wanted, config=config, progress=progress)
-    if json:
-        ui.show_json(result)
-    else:
-        show(result)
-    if not result.complete:
-        raise KeyboardInterrupt
-    if not any(row.status == "ok" for row in result.scenarios):
-        raise typer.Exit(1)
+        return run_scenarios(model, shipping, **wanted, config=config, progress=progress)
 
 
 def show(result: BenchResult) -> None:

@@ -82,9 +82,13 @@ def _print_stderr(label: str, style: str, message: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    # A file name may hold anything; a control character in it must not reach the terminal.
-    printable = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
-    Console(stderr=True, soft_wrap=True, highlight=False).print(Text.assemble((f"{label}: ", style), printable))
+    line = Text.assemble((f"{label}: ", style), printable(message))
+    Console(stderr=True, soft_wrap=True, highlight=False).print(line)
+
+
+def printable(text: str) -> str:
+    """`text` for a terminal: a file's name, or what a foreign file says, may hold control characters."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 class RichProgress(Progress):

@@ -107,12 +107,12 @@ def is_cold(path: Path, size: int) -> bool:
         # To ask for a page brings it in: only that one, and at a place that the next who asks does not choose.
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         places = [random.randrange(max(size, 1)) for _ in range(SAMPLES)]
-        return sum(not _is_cached(descriptor, place) for place in places) >= COLD_SAMPLES
+        return sum(not is_cached(descriptor, place) for place in places) >= COLD_SAMPLES
     finally:
         os.close(descriptor)
 
 
-def _is_cached(descriptor: int, offset: int) -> bool:
+def is_cached(descriptor: int, offset: int) -> bool:
     """By a read that must not wait. mincore would tell whoever may not write the file that all of it is cached.
 
     Where there are no such reads (overlayfs, FUSE, tmpfs, gVisor), by the clock.

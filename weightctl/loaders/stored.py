@@ -88,21 +88,26 @@ def difference(expected: Stored, actual: Stored, task: Task = Task()) -> str | N
 
     Compares on the device of `actual`.
     """
-    known = {entry.name for entry in expected.entries}
-    there = {entry.name for entry in actual.entries}
-    if known - there:
-        return f"it lacks {listed(known - there)}"
-    if there - known:
-        return f"it adds {listed(there - known)}"
-    found = {entry.name: entry for entry in actual.entries}
-    for entry in expected.entries:
-        other = found[entry.name]
-        if (other.dtype, other.shape) != (entry.dtype, entry.shape):
-            return f"{entry.name} is {_words(other)}, the model's is {_words(entry)}"
+    if other := misfit(expected.entries, actual.entries):
+        return other
     for batch in expected.batches():
         if damaged := _damaged([entry.name for entry in batch], expected, actual):
             return f"the bytes of {damaged} are not the model's"
         task.advance(sum(entry.nbytes for entry in batch))
+    return None
+
+
+def misfit(expected: Iterable[Entry], actual: Iterable[Entry]) -> str | None:
+    """Which name, dtype or shape is other in `actual`, in words; None if all are equal."""
+    wanted, found = ({entry.name: entry for entry in entries} for entries in (expected, actual))
+    if lacking := wanted.keys() - found.keys():
+        return f"it lacks {listed(lacking)}"
+    if added := found.keys() - wanted.keys():
+        return f"it adds {listed(added)}"
+    for name, entry in wanted.items():
+        other = found[name]
+        if (other.dtype, other.shape) != (entry.dtype, entry.shape):
+            return f"{name} is {_words(other)}, the model's is {_words(entry)}"
     return None
 
 

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import fcntl
 import hashlib
 import itertools
 import json
+import os
+import re
+import secrets
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from weightctl import storage
-from weightctl.benchmark import ceilings as limits
-from weightctl.benchmark.runner import run_job, run_load
-from weightctl.benchmark.statistics import Row, Run, summarize, unavailable
+from weightctl.benchmark.ceilings import drop_caches as drop_all
+from weightctl.benchmark.ceilings import limits
+from weightctl.benchmark.hashing import expected_fingerprints
+from weightctl.benchmark.results import SCHEMA, BenchResult, Limit, Model, Row, Run, Settings, read_result, write_result
+from weightctl.benchmark.runner import Job, run_job, run_load
+from weightctl.benchmark.summary import CONFIDENCE, Floor, compare, summarize, width
 from weightctl.config import Config
 from weightctl.digests import Identity
 from weightctl.errors import UsageError, translated_os_errors
@@ -27,20 +36,17 @@ from weightctl.operations.serialize import write_verified
 from weightctl.progress import Progress
 
 CACHES = ("warm", "cold")
-"""warm: every weight file was read just before. cold: and then dropped from the page cache."""
+"""warm: every file of the model was read just before. cold: and then dropped from the page cache."""
 
+CEILING_ROUNDS = 3
+"""The rounds that begin with a look at what the machine can do; the best of them is the ceiling."""
 
-@dataclass(frozen=True)
-class BenchResult:
-    """Every raw time, with what is needed to read it."""
+VAIN_RUNS = 3
+"""So many runs without one that counts, and a row has no more of them."""
 
-    environment: dict[str, Any]
-    """Versions, processors, memory, device."""
-    ceilings: dict[str, float]
-    """Bytes a second: `warm_read`, `cold_read` (if asked for) and, with CUDA, `host_to_device`."""
-    model: dict[str, Any]
-    """name, commit, format, files, tensors, bytes (of the tensors)."""
-    results: tuple[Row, ...]
+KEPT_RESULTS = 20
+
+TEMPORARY = "weightctl-bench-"
 
 
 def bench(
@@ -49,22 +55,29 @@ def bench(
     strategies: Sequence[str] = (),
     caches: Sequence[str] = (),
     nproc: int = 1,
+    drop_caches: bool = False,
+    construct: bool = False,
     scratch: Path | None = None,
     output: Path | None = None,
+    against: Path | None = None,
+    floors: Sequence[Floor] = (),
     revision: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     config: Config,
     progress: Progress,
 ) -> BenchResult:
-    """Load `model` with each of `strategies` (all, unless given), `config.runs` times, in rounds that interleave them.
+    """Load `model` with each of `strategies` (all, unless given), in rounds that go through them by turns.
 
-    With `nproc`, that many processes load at once, each to a device of its own: `pipelined` shares the reads between
-    them, the others load for themselves, and a run takes as long as the slowest.
+    After a round to warm up, up to `config.runs` rounds are measured, fewer when the interval of every median is
+    narrower than `config.precision`. Where a strategy's format is missing, the model is converted to it first, into
+    `scratch` (kept, and used again) or a temporary directory. `nproc` processes load at once, each to a device of its
+    own. `drop_caches` empties the whole page cache for a cold run, `construct` builds the model after each load.
 
-    Where a strategy's format is missing, the model is converted to it first, into `scratch` (kept, and used again) or
-    a temporary directory. The result so far is saved to `output` after every run. A strategy that cannot run, fails,
-    or loads something else is a row that says so; WeightctlError is raised for what concerns them all.
+    The result so far is saved to `output` after every run (or among the last few in the cache directory), and is
+    returned, not `complete`, if an interrupt ends the rounds. With `against`, a file of an older bench, it holds a
+    comparison. A strategy that cannot run, fails, or loads something else is a row that says so; WeightctlError is
+    raised for what concerns them all.
     """
     chosen = [loaders.get(name)() for name in dict.fromkeys(strategies or loaders.names())]
     caches = tuple(dict.fromkeys(caches or ("warm",)))
@@ -72,75 +85,162 @@ def bench(
         raise UsageError(f"unknown cache state {unknown.pop()!r}", f"known: {', '.join(CACHES)}")
     if output is not None and not output.absolute().parent.is_dir():
         raise UsageError(f"{output.absolute().parent} does not exist", "--output is the file to write the result to")
+    for floor in floors:
+        if floor.strategy not in (loader.name for loader in chosen) or floor.cache not in (None, *caches):
+            raise UsageError(f"{floor} is a floor of what is not measured", "ask for it with --strategy and --cache")
+    older = read_result(against) if against else None
+    if drop_caches:
+        drop_all()
+    created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     snapshot = resolve(
         model, revision=revision, include=include, exclude=exclude, verify=True, config=config, progress=progress
     )
     stored = open_stored(snapshot)
     if not stored.bytes:
         raise UsageError(f"the tensors of {snapshot.name} have no bytes", "there is nothing to time")
-    machine = run_job({"device": config.device}, config.timeout)
-    machine["environment"]["processes"] = nproc
-    device = machine["environment"]["device"]
-    ceilings = {**_read_ceilings(_weight_paths(snapshot), caches, config), **machine["ceilings"]}
-    about = {
-        "name": snapshot.name,
-        "commit": snapshot.commit,
-        "format": own_format(snapshot),
-        "files": len(snapshot.files),
-        "tensors": len(stored.entries),
-        "bytes": stored.bytes,
-    }
+    paths = [str(file.source) for file in weight_files(snapshot)]
+    environment = run_job({"job": "describe", "device": config.device, "files": paths}, config.timeout)["environment"]
+    key = secrets.token_bytes(16)
+    with progress.task("hashing the tensors", stored.bytes) as task:
+        expected = expected_fingerprints(stored, key, task)
+    job = Job(
+        environment["device"], config.workers, config.timeout, key, tuple(expected), nproc, drop_caches, construct
+    )
+    settings = Settings(
+        config.device, tuple(loader.name for loader in chosen), caches, config.runs, config.precision, CONFIDENCE,
+        config.timeout, config.workers, drop_caches, construct,
+    )  # fmt: skip
+    about = _about(snapshot, stored)
+    path = output or _kept(created, snapshot.name, progress)
     with _scratch(scratch) as directory:
         ready = {loader.name: _made_ready(loader, snapshot, stored, directory, progress) for loader in chosen}
-        runs: dict[tuple[str, str], list[Run]] = {(loader.name, cache): [] for loader in chosen for cache in caches}
-        for _ in range(config.runs):
-            for cache, loader in itertools.product(caches, chosen):
-                form, past = ready[loader.name], runs[loader.name, cache]
-                if isinstance(form, str) or any(run.status == "failed" for run in past):
-                    continue
-                run = run_load(
-                    loader, form, snapshot, weights=_weight_paths(form), device=device, cache=cache,
-                    threads=config.workers, timeout=config.timeout, nproc=nproc,
-                )  # fmt: skip
-                past.append(run)
-                progress.note(f"{loader.name}, {cache}: {run.status}, run {len(past)} of {config.runs}")
-                save(BenchResult(machine["environment"], ceilings, about, _rows(runs, ready, stored.bytes)), output)
-    result = BenchResult(machine["environment"], ceilings, about, _rows(runs, ready, stored.bytes))
-    save(result, output)
-    return result
+        measured = _Measured(ready, {(loader.name, cache): [] for cache in caches for loader in chosen})
+        if nproc > 1:
+            environment["processes"] = nproc
+
+        def result(complete: bool) -> BenchResult:
+            least = limits(measured.ceilings, about, sum(file.size for file in weight_files(snapshot)))
+            rows = measured.rows(about.bytes, {limit.cache: limit for limit in least})
+            found = BenchResult(
+                SCHEMA, created, environment, dict(measured.ceilings), least, about, settings, rows, complete
+            )
+            found = dataclasses.replace(found, comparison=compare(older, found)) if older else found
+            if path:
+                write_result(found, path)
+            return found
+
+        try:
+            for number in range(config.runs + 1):
+                if number and not measured.goes_on(config.precision):
+                    break
+                if number < CEILING_ROUNDS:
+                    measured.look(job, paths, caches)
+                for loader, cache in measured.turns(chosen, caches, number):
+                    form = ready[loader.name]
+                    assert isinstance(form, Snapshot)
+                    run = run_load(loader, form, cache, number, job)
+                    measured.runs[loader.name, cache].append(run)
+                    if run.status == "failed":
+                        progress.note(f"{loader.name}, {cache}: failed: {run.reason}")
+                    result(complete=False)
+                progress.note(measured.news(number, config.runs))
+        except KeyboardInterrupt:
+            if not any(measured.runs.values()):
+                raise
+            return result(complete=False)
+        return result(complete=True)
 
 
-def save(result: BenchResult, output: Path | None) -> None:
-    """Write the result as JSON, in one step; nothing without `output`."""
-    if output is not None:
-        with translated_os_errors(f"write {output}"), storage.atomic_write(output.absolute()) as stream:
-            storage.write_all(stream)(memoryview(json.dumps(asdict(result), indent=2).encode() + b"\n"))
+def reopen(saved: Path, against: Path | None = None) -> BenchResult:
+    """A saved result, compared with an older one if there is one. Raises UsageError for files that are no results."""
+    result = read_result(saved)
+    return dataclasses.replace(result, comparison=compare(read_result(against), result)) if against else result
 
 
-def _rows(
-    runs: Mapping[tuple[str, str], Sequence[Run]], ready: Mapping[str, Snapshot | str], nbytes: int
-) -> tuple[Row, ...]:
-    rows = []
-    for (strategy, cache), past in runs.items():
-        reason = ready[strategy]
-        if isinstance(reason, str):
-            rows.append(unavailable(strategy, cache, reason))
-        elif past:
-            rows.append(summarize(strategy, cache, past, nbytes))
-    return tuple(rows)
+@dataclass(frozen=True)
+class _Measured:
+    """What is known so far."""
+
+    ready: Mapping[str, Snapshot | str]
+    runs: dict[tuple[str, str], list[Run]]
+    ceilings: dict[str, float] = field(default_factory=dict)
+
+    def look(self, job: Job, paths: list[str], caches: Sequence[str]) -> None:
+        """Measure the ceilings, and keep the best."""
+        asked = {
+            "job": "ceilings", "device": job.device, "files": paths, "caches": caches, "threads": job.threads,
+            "drop_caches": job.drop_caches,
+        }  # fmt: skip
+        for name, rate in run_job(asked, job.timeout).items():
+            self.ceilings[name] = max(rate, self.ceilings.get(name, 0.0))
+
+    def turns(self, chosen: Sequence[Loader], caches: Sequence[str], number: int) -> Iterator[tuple[Loader, str]]:
+        """Who loads in a round, each time in another order, so that nobody always comes after the same."""
+        turns = list(itertools.product(chosen, caches))
+        start = number % len(turns)
+        for loader, cache in turns[start:] + turns[:start]:
+            if self._wanted(loader.name, cache):
+                yield loader, cache
+
+    def goes_on(self, precision: float) -> bool:
+        """Whether one more round is of use."""
+        return any(
+            self._wanted(*key) and width(summarize(*key, past, 1, None)) > precision for key, past in self.runs.items()
+        )
+
+    def _wanted(self, strategy: str, cache: str) -> bool:
+        past = self.runs[strategy, cache]
+        if isinstance(self.ready[strategy], str) or any(run.status == "failed" for run in past):
+            return False
+        return len(past) < 1 + VAIN_RUNS or any(run.counts for run in past)
+
+    def rows(self, nbytes: int, limits: Mapping[str, Limit]) -> tuple[Row, ...]:
+        """Every strategy that had its turn, or cannot have one."""
+        rows = []
+        for (strategy, cache), past in self.runs.items():
+            reason = self.ready[strategy]
+            if isinstance(reason, str):
+                rows.append(Row(strategy, cache, "unavailable", reason))  # type: ignore[arg-type]
+            elif past:
+                rows.append(summarize(strategy, cache, past, nbytes, limits.get(cache)))
+        return tuple(rows)
+
+    def news(self, number: int, most: int) -> str:
+        """How far it is."""
+        if not number:
+            return f"warmed up; up to {most} rounds follow"
+        widths = {
+            f"{strategy}, {cache}": width(summarize(strategy, cache, past, 1, None))
+            for (strategy, cache), past in self.runs.items()
+            if self._wanted(strategy, cache)
+        }
+        widest = max(widths, key=lambda name: widths[name], default=None)
+        known = f": the least certain is {widest}, ±{widths[widest]:.0%}" if widest and widths[widest] < 1e9 else ""
+        return f"round {number} of up to {most}{known}"
 
 
-def _weight_paths(snapshot: Snapshot) -> list[Path]:
-    return [file.source for file in weight_files(snapshot)]
+def _about(snapshot: Snapshot, stored: Stored) -> Model:
+    known = all(file.sha256 for file in snapshot.files)
+    return Model(
+        snapshot.name, snapshot.commit, own_format(snapshot), len(snapshot.files), len(stored.entries), stored.bytes,
+        snapshot.digest if known else None,
+    )  # fmt: skip
 
 
-def _read_ceilings(paths: list[Path], caches: Sequence[str], config: Config) -> dict[str, float]:
-    limits.read_files(paths, config.workers)
-    found = {"warm_read": max(limits.read_files(paths, config.workers) for _ in range(3))}
-    if "cold" in caches:
-        limits.forget_files(paths)
-        found["cold_read"] = limits.read_files(paths, config.workers)
-    return found
+def _kept(created: str, name: str, progress: Progress) -> Path | None:
+    """Where a result is kept that nobody asked to save, beside the last few; None if nothing can be kept."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    directory = home / "weightctl" / "bench"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for old in sorted(directory.glob("*.json"))[: 1 - KEPT_RESULTS]:
+            old.unlink(missing_ok=True)
+    except OSError:
+        return None
+    word = re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:80]
+    path = directory / f"{created.translate({ord(c): None for c in ':-'})}-{word}-{secrets.token_hex(2)}.json"
+    progress.note(f"every run is saved to {path}")
+    return path
 
 
 @contextlib.contextmanager
@@ -150,8 +250,37 @@ def _scratch(directory: Path | None) -> Iterator[Path]:
             storage.make_directories(directory.absolute())
             yield directory.absolute()
         else:
-            with tempfile.TemporaryDirectory(prefix="weightctl-bench-") as temporary:
-                yield Path(temporary)
+            with _temporary(Path(tempfile.gettempdir())) as temporary:
+                yield temporary
+
+
+@contextlib.contextmanager
+def _temporary(parent: Path) -> Iterator[Path]:
+    """A directory, locked while it is used, so that the next bench knows, and removes, what a killed one left."""
+    for leftover in parent.glob(f"{TEMPORARY}*"):
+        with contextlib.suppress(OSError), _locked(leftover, fcntl.LOCK_NB):
+            shutil.rmtree(leftover, ignore_errors=True)
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=parent))
+        with contextlib.suppress(FileNotFoundError), _locked(path, 0) as descriptor:
+            if os.fstat(descriptor).st_nlink:  # else the next bench took it for a leftover before it was locked
+                try:
+                    yield path
+                finally:
+                    shutil.rmtree(path, ignore_errors=True)
+                return
+
+
+@contextlib.contextmanager
+def _locked(directory: Path, flags: int) -> Iterator[int]:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if os.fstat(descriptor).st_uid != os.getuid():
+            raise PermissionError
+        fcntl.flock(descriptor, fcntl.LOCK_EX | flags)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _made_ready(

@@ -1,0 +1,150 @@
+"""How a bench looks in a terminal: in 80 columns, and with more to see in more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from weightctl import units
+from weightctl.cli import ui
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    from weightctl.benchmark.results import BenchResult, Change, Row
+
+WIDE = 118
+"""Columns from which there is room for the interval, the runs, the phases and pinned memory."""
+
+NARROW_BAR, WIDE_BAR = 6, 16
+
+EIGHTHS = " ▏▎▍▌▋▊▉"
+
+COLORS = {
+    "slower": "red", "broken": "red", "gone": "red", "faster": "green", "fixed": "green", "added": "green",
+    "unclear": "yellow", "same": "",
+}  # fmt: skip
+
+
+def show(result: BenchResult) -> None:
+    """The machine's limits, a line for each row with times, and why the others have none."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    for line in _headline(result):
+        console.print(ui.printable(line), markup=False)
+    measured = [row for row in result.results if row.status == "ok"]
+    if measured:
+        wide = console.width >= WIDE
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in ("strategy", "cache", "median", *(("interval", "runs") if wide else ("±",)), "GB/s"):
+            table.add_column(name, justify="left" if name in ("strategy", "cache") else "right", no_wrap=True)
+        table.add_column("of limit", no_wrap=True)
+        for name in ("host", *(("pinned",) if wide else ()), "device", *(("imports", "start-up") if wide else ())):
+            table.add_column(name, justify="right", no_wrap=True)
+        best = [min((r for r in measured if r.cache == cache), key=_median) for cache in {r.cache for r in measured}]
+        for row in measured:
+            table.add_row(*_cells(row, row in best, wide), style="bold" if row in best else "")
+        console.print(table)
+    for note in _notes(result):
+        console.print(ui.printable(note), markup=False)
+    if result.comparison is not None:
+        _show_comparison(result, console)
+
+
+def _median(row: Row) -> float:
+    return row.median_seconds or 0.0
+
+
+def _headline(result: BenchResult) -> Iterator[str]:
+    model, environment = result.model, result.environment
+    to = environment.get("gpu") or environment.get("device") or result.settings.device
+    yield f"{model.name}: {units.count(model.tensors, 'tensor')}, {units.size(model.bytes)}, {model.format}, to {to}"
+    for limit in result.limits:
+        fastest = f"{units.seconds(limit.seconds)}, {units.rate(limit.bytes_per_second)}"
+        yield f"limit, {limit.cache}: {fastest} ({limit.bound})"
+    rates = ", ".join(f"{name.replace('_', ' ')} {units.rate(rate)}" for name, rate in result.ceilings.items())
+    yield f"ceilings: {rates}"
+
+
+def _cells(row: Row, best: bool, wide: bool) -> Iterator[Text | str]:
+    from rich.text import Text
+
+    from weightctl.benchmark.summary import width
+
+    yield f"★ {row.strategy}" if best else f"  {row.strategy}"
+    yield row.cache
+    yield units.seconds(_median(row))
+    if wide:
+        yield units.span(row.interval.low, row.interval.high) if row.interval else ""
+        yield str(len(row.seconds))
+    else:
+        yield f"{width(row):.0%}" if width(row) < 10 else "?"
+    yield f"{(row.bytes_per_second or 0) / 1e9:.2f}"
+    if row.share is None:
+        yield ""
+    else:
+        bar = _bar(row.share, WIDE_BAR if wide else NARROW_BAR)
+        yield Text.assemble((bar, "green" if best else "cyan"), f" {row.share:>4.0%}")
+    yield units.size(row.peak_host_bytes or 0)
+    if wide:
+        yield units.size(row.peak_pinned_bytes) if row.peak_pinned_bytes else ""
+    yield units.size(row.peak_device_bytes) if row.peak_device_bytes else ""
+    if wide:
+        for phase in ("imports", "device"):
+            yield units.seconds(row.phases[phase]) if phase in row.phases else ""
+
+
+def _bar(share: float, width: int) -> str:
+    """`share` of `width` characters, to an eighth of one."""
+    eighths = round(min(max(share, 0.0), 1.0) * width * 8)
+    return ("█" * (eighths // 8) + (EIGHTHS[eighths % 8] if eighths % 8 else "")).ljust(width)
+
+
+def _notes(result: BenchResult) -> Iterator[str]:
+    """Why rows have no times, and what else a reader of the others should know."""
+    from weightctl.benchmark.summary import width
+
+    yield from dict.fromkeys(f"{row.strategy} {row.status}: {row.reason}" for row in result.results if row.reason)
+    for row in result.results:
+        marks = [run.mark for run in row.runs if run.mark and run.round]
+        if marks and row.status == "ok":
+            yield f"{row.strategy}, {row.cache}: {units.count(len(marks), 'run')} not counted: {marks[-1]}"
+        if row.outliers:
+            listed = ", ".join(units.seconds(seconds) for seconds in row.outliers)
+            yield f"{row.strategy}, {row.cache}: far from the rest: {listed}"
+    unsure = [row for row in result.results if row.status == "ok" and width(row) > result.settings.precision]
+    if unsure:
+        yield (
+            f"{units.count(len(unsure), 'median')} not known to ±{result.settings.precision:.0%}: "
+            "more --runs, or a quieter machine"
+        )
+    if not result.complete:
+        yield "it did not come to its end"
+
+
+def _show_comparison(result: BenchResult, console: Console) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    assert result.comparison is not None
+    console.print(ui.printable(f"\nsince {result.comparison.created}"), markup=False)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("strategy", "cache", "then", "now", "× as long", "interval", ""):
+        table.add_column(name, no_wrap=True)
+    for change in result.comparison.changes:
+        verdict = Text(change.verdict, COLORS[change.verdict])
+        table.add_row(change.strategy, change.cache, *_change_cells(change), verdict)
+    console.print(table)
+    for difference in result.comparison.differences:
+        console.print(ui.printable(f"not the same: {difference}"), markup=False)
+
+
+def _change_cells(change: Change) -> Iterator[str]:
+    for seconds in (change.before_seconds, change.after_seconds):
+        yield units.seconds(seconds) if seconds is not None else "-"
+    yield f"{change.ratio:.2f}" if change.ratio is not None else ""
+    known = change.ratio_low is not None and change.ratio_high is not None
+    yield f"{change.ratio_low:.2f}–{change.ratio_high:.2f}" if known else ""
