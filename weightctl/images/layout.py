@@ -88,8 +88,7 @@ class LayoutImages(Images):
 
     def check(self, against: Snapshot | None = None, *, config: Config, progress: Progress) -> Check:
         """See `Images.check`."""
-        if not (self.path / "oci-layout").is_file():
-            raise UsageError(f"{self.path} is no OCI image layout", "it has no file 'oci-layout'")
+        self._require_layout()
         blobs: dict[str, File] = {}
         problems = [] if (self.path / "index.json").exists() else ["index.json is missing"]
         for entry in self._read_index()["manifests"]:
@@ -103,6 +102,10 @@ class LayoutImages(Images):
                 image = self._open_image(entry, None, f"layout:{self.path}")
                 problems += check_image(image, against, workers=config.workers, progress=progress).problems
         return dataclasses.replace(found, problems=(*found.problems, *problems))
+
+    def _require_layout(self) -> None:
+        if not (self.path / "oci-layout").is_file():
+            raise UsageError(f"{self.path} is no OCI image layout", "it has no file 'oci-layout'")
 
     def _list_image(self, entry: dict[str, Any], blobs: dict[str, File], problems: list[str]) -> None:
         """Add the blobs that an image, or each image of an index, is made of, and its diffIDs that are wrong."""
@@ -140,6 +143,7 @@ class LayoutImages(Images):
 
     def open_base(self, tag: str | None, platform: str | None) -> BaseImage:
         """An image of the layout; `tag` and `platform` may be None where it is plain which is meant."""
+        self._require_layout()
         what = f"layout:{self.path}" + (f"#{tag}" if tag else "")
         entries = self._read_index()["manifests"]
         tagged = [entry for entry in entries if tag in (None, (entry.get("annotations") or {}).get(TAG_ANNOTATION))]
