@@ -216,14 +216,16 @@ class PodmanEngine(_Commands):
         """One stage."""
         settings = scratch / "containers.conf"
         settings.write_text(f"[engine]\nimage_parallel_copies = {jobs}\n" if jobs else "")
-        podman = [
-            "podman", "--root", str(scratch / "root"), "--runroot", str(scratch / "run"),
-            "--cgroup-manager", "cgroupfs", "--events-backend", "none",
-        ]  # fmt: skip
-        pull = [*podman, "pull", "--quiet", *(["--tls-verify=false"] if image.plain_http else []), image.transport]
-        with ExitStack() as after:
+        # podman takes a --runroot of 50 characters at most.
+        with tempfile.TemporaryDirectory(prefix="weightctl-", dir="/tmp") as run, ExitStack() as after:
+            podman = [
+                "podman", "--root", str(scratch / "root"), "--runroot", run,
+                "--cgroup-manager", "cgroupfs", "--events-backend", "none",
+            ]  # fmt: skip
+            plain = ["--tls-verify=false"] if image.plain_http else []
             after.callback(_quietly, *podman, "image", "rm", "--all", "--force")
             began = time.perf_counter()
+            pull = [*podman, "pull", "--quiet", *plain, image.transport]
             found = run_command(*pull, timeout=timeout, CONTAINERS_CONF=str(settings)).strip()
             stage = Stage("pull", image.size, time.perf_counter() - began)
             after.callback(_quietly, *podman, "image", "unmount", "--all")

@@ -35,6 +35,9 @@ from weightctl.sources.directory import read_directory
 
 CONFIDENCE = 0.95
 
+COLD_RESIDENCY = 0.1
+"""More of the files than this in the page cache, and they are not cold."""
+
 
 @dataclass(frozen=True)
 class Shipping:
@@ -216,7 +219,7 @@ def _start(way: _Way, bench: _Bench, number: int) -> ColdStart:
             stages = arrived.stages + time_load(
                 way.loader, arrived.snapshot, bench.snapshot, device=bench.device, timeout=bench.config.timeout
             )
-            mark = f"it was not cold: {cached:.0%} of the files was cached" if cached > 0.05 else None
+            mark = f"it was not cold: {cached:.0%} of the files was cached" if cached > COLD_RESIDENCY else None
             return ColdStart(number, "ok", None, mark, stages)
     except IntegrityError:
         raise
