@@ -36,8 +36,8 @@ def test_an_interval_holds_the_median_of_its_values(times: list[float], confiden
     assert reached >= confidence or (low, high) == (min(times), max(times))
 
 
-def test_outliers_of_the_source() -> None:
-    # Iglewicz and Hoaglin's own example: of 2.1 … 3.0, 10 and 15, the modified z-scores are 45.2 and 77.6 or so.
+def test_outliers_that_would_hide_each_other() -> None:
+    # Two that a standard deviation would hide: they are a fifth of the values.
     values = [2.1, 2.6, 2.4, 2.5, 2.3, 2.1, 2.3, 2.6, 8.2, 8.3]
     assert outliers(values) == (8.2, 8.3)
     assert outliers([1.0, 1.1, 0.9, 1.05, 0.95]) == ()
@@ -55,7 +55,7 @@ def test_the_shift_of_the_textbook() -> None:
     middle, low, high = ratio_interval([math.exp(x) for x in EARLY], [math.exp(x) for x in TERM], 0.95)
     assert low is not None
     assert high is not None
-    assert math.log(middle) == pytest.approx(0.305)
+    assert math.log(middle) == pytest.approx(0.305, abs=1e-4)  # an even number of ratios: the mean of two
     assert (math.log(low), math.log(high)) == (pytest.approx(-0.15), pytest.approx(0.76))
 
 
