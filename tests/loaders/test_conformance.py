@@ -108,5 +108,7 @@ def test_many_loads_leave_nothing(tmp_path: Path, name: str) -> None:
     for _ in range(200):
         loader.load(snapshot, "cpu")
     gc.collect()
-    assert left()[:2] == (threads, files)
-    assert left()[2] <= maps + 20
+    now = left()
+    assert now[0] <= threads  # those of an earlier test may end meanwhile
+    assert now[1] <= files
+    assert now[2] <= maps + 20
