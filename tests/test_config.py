@@ -35,7 +35,7 @@ def write_home(tmp_path: Path, text: str) -> Path:
 
 
 def test_flag_wins_over_variable_over_file_over_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert resolve()["runs"] == (10, "default")
+    assert resolve()["runs"] == (None, "default")
     at_home = write_home(tmp_path, "runs = 4\nworkers = 2")
     assert resolve()["runs"] == (4, str(at_home))
     here = write_here("runs = 5")
@@ -50,7 +50,7 @@ def test_flag_wins_over_variable_over_file_over_default(tmp_path: Path, monkeypa
 
 def test_an_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WEIGHTCTL_RUNS", "")
-    assert Config.load().runs == 10
+    assert Config.load().runs is None
 
 
 def test_a_directory_of_files_that_are_not_there() -> None:

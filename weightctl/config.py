@@ -102,9 +102,13 @@ class Config:
             _integer(2 << 20, 1 << 40), "bytes, from 2 MiB", "pinned memory that weights pass through to a CUDA device"
         ),
     )
-    runs: int = field(
-        default=10,
-        metadata=_setting(_integer(1, 1000), "a whole number from 1 to 1000", "runs of each bench row, at most"),
+    runs: int | None = field(
+        default=None,
+        metadata=_setting(
+            _integer(1, 1000),
+            "a whole number from 1 to 1000",
+            "runs of each bench row, at most (default: 10), or whole cold starts of each way (default: 3)",
+        ),
     )
     precision: float = field(
         default=0.05,

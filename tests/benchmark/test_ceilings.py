@@ -1,7 +1,8 @@
-"""Raw reading reads every byte."""
+"""Raw reading reads every byte, and what lies in the page cache is known."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,21 @@ def test_files_are_read_and_forgotten(tmp_path: Path, threads: int) -> None:
     assert ceilings.read_files(paths, threads) > 0
     with pytest.raises(WeightctlError, match="gone"):
         ceilings.read_files([tmp_path / "gone"], threads)
+
+
+@pytest.mark.parametrize("size", [1, 100_000, 91_000_000])
+def test_to_ask_what_is_cached_changes_nothing(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "model"
+    path.write_bytes(bytes(size))
+    (tmp_path / "empty").touch()
+    paths = [tmp_path / "empty", path]
+    ceilings.read_files(paths, 2)
+    assert [ceilings.residency(paths) for _ in range(2)] == [1, 1]
+    ceilings.forget_files(paths)
+    assert max(ceilings.residency(paths) for _ in range(5)) <= 0.05  # the kernel may be busy with some page
+    if size > 1:
+        with path.open("rb", buffering=0) as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # nothing is read ahead
+            stream.read(size // 2)
+        assert [ceilings.residency(paths) for _ in range(2)] == pytest.approx([0.5, 0.5], abs=0.15)
+    assert ceilings.residency([tmp_path / "empty"]) == 1

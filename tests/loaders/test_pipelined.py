@@ -24,7 +24,7 @@ from weightctl.checkpoint import DTYPE_BITS, TensorEntry, read_safetensors_heade
 from weightctl.errors import IntegrityError, UsageError, WeightctlError
 from weightctl.loaders import choose_loader
 from weightctl.loaders.blocks import ALIGNMENT, GAP_BYTES, PAGE_BYTES, Piece, Shard, plan
-from weightctl.loaders.lanes import CudaLane, Lane, SlabLane, StraightLane, parse_cpus
+from weightctl.loaders.lanes import CudaLane, Lane, Pinned, SlabLane, StraightLane, parse_cpus, pinned
 from weightctl.loaders.pipelined import PipelinedLoader, Tuning, load_shards
 from weightctl.loaders.reading import Reader, Source, is_cold
 from weightctl.loaders.safetensors import TORCH_DTYPES
@@ -460,3 +460,32 @@ def test_the_callers_stream_sees_the_tensors(tmp_path: Path) -> None:
 def test_processors_are_read_as_the_kernel_writes_them() -> None:
     assert parse_cpus("0-3,8,10-11\n") == {0, 1, 2, 3, 8, 10, 11}
     assert parse_cpus("\n") == frozenset()
+
+
+def test_the_peak_of_many_threads_is_counted() -> None:
+    counted = Pinned()
+    together = threading.Barrier(4)
+
+    def hold(nbytes: int) -> None:
+        for _ in range(1000):
+            counted.add(nbytes)
+            counted.add(-nbytes)
+        counted.add(nbytes)
+        together.wait()
+        counted.add(-nbytes)
+
+    threads = [threading.Thread(target=hold, args=(nbytes,)) for nbytes in (1, 2, 4, 8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (counted.now, counted.peak) == (0, 15)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_pinned_memory_is_told(tmp_path: Path) -> None:
+    write(tmp_path / "model.safetensors", [("F32", (1 << 22,))])
+    PipelinedLoader().load(read_directory(tmp_path), "cuda")
+    assert pinned.now == 0
+    assert PipelinedLoader().peak_pinned_bytes() >= PAGE_BYTES

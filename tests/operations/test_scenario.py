@@ -38,9 +38,9 @@ def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         assert list(Path(directory).glob("*weightctl*")) == []
 
 
-def run(model: Path, *scenarios: str, **options: object) -> BenchResult:
+def run(model: Path, *scenarios: str, runs: int | None = 1, **options: object) -> BenchResult:
     shipping = Shipping(scenarios, **options)  # type: ignore[arg-type]
-    return run_scenarios(str(model), shipping, config=Config(runs=1, device="cpu", timeout=60), progress=Progress())
+    return run_scenarios(str(model), shipping, config=Config(runs=runs, device="cpu", timeout=60), progress=Progress())
 
 
 def small_model(directory: Path) -> Path:
@@ -113,6 +113,11 @@ def test_a_volume_and_a_scratch_of_the_users_are_left_as_they_were(tmp_path: Pat
     before = models.state(volume), models.state(scratch)
     assert {row.status for row in run(model, "volume", volume=volume, scratch=scratch).scenarios} == {"ok"}
     assert (models.state(volume), models.state(scratch)) == before
+
+
+def test_unless_told_otherwise_there_are_three_starts(tmp_path: Path) -> None:
+    result = run(small_model(tmp_path), "model", runs=None)
+    assert ([len(row.starts) for row in result.scenarios], result.settings.runs) == ([3], 3)
 
 
 def test_an_interrupt_leaves_nothing(tmp_path: Path, temporary: Path) -> None:

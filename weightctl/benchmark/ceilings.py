@@ -23,7 +23,7 @@ BLOCK_BYTES = 8 << 20
 PINNED_BYTES = 256 << 20
 
 PROBES = 256
-"""Places at which it is asked whether the files are cached: the share's standard error is 0.03 at most."""
+"""Pages of which it is asked whether they are cached: the share's standard error is 0.03 at most."""
 
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
@@ -108,20 +108,30 @@ def drop_caches() -> None:
 
 
 def residency(paths: Sequence[Path]) -> float:
-    """The share of the files' bytes that lies in the page cache, from `PROBES` places in them; 1 of no bytes."""
+    """The share of the files' pages that lie in the page cache, from `PROBES` of them, or all of fewer; 1 of none.
+
+    The page cache is left as it was: to ask for a page brings it in, and then it is dropped.
+    """
     with translated_os_errors("look for the model in the page cache"):
-        sizes = [path.stat().st_size for path in paths]
-        places = sorted(random.randrange(max(sum(sizes), 1)) for _ in range(PROBES)) if sum(sizes) else []
+        pages = [-(-path.stat().st_size // mmap.PAGESIZE) for path in paths]
+        asked = sorted(random.sample(range(sum(pages)), min(PROBES, sum(pages))))
         cached = start = 0
-        for path, size in zip(paths, sizes, strict=True):
-            offsets = [place - start for place in places if start <= place < start + size]
-            start += size
-            if offsets:
+        for path, count in zip(paths, pages, strict=True):
+            here = [page - start for page in asked if start <= page < start + count]
+            start += count
+            if here:
                 with path.open("rb", buffering=0) as stream:
-                    # To ask for a page brings it in: only that one.
-                    os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-                    cached += sum(is_cached(stream.fileno(), offset) for offset in offsets)
-        return cached / len(places) if places else 1.0
+                    os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # only that page is brought in
+                    cached += sum(_is_resident(stream.fileno(), page * mmap.PAGESIZE) for page in here)
+        return cached / len(asked) if asked else 1.0
+
+
+def _is_resident(descriptor: int, offset: int) -> bool:
+    if is_cached(descriptor, offset):
+        return True
+    os.pread(descriptor, 1, offset)  # a page that is still on its way cannot be dropped
+    os.posix_fadvise(descriptor, offset, mmap.PAGESIZE, os.POSIX_FADV_DONTNEED)
+    return False
 
 
 def copy_to_device(device: str) -> float:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import json
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,6 @@ from weightctl.model import File, Snapshot
 if TYPE_CHECKING:
     import torch
 
-PR_SET_PDEATHSIG = 1
 PAGE_BYTES = 4096
 
 COLD_RESIDENCY = 0.05
@@ -42,14 +41,29 @@ def main() -> None:
     with os.fdopen(os.dup(1), "w") as reply:
         os.dup2(2, 1)
         job = json.load(sys.stdin)
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # so that nothing outlives a killed bench
-        if os.getppid() != job["parent"]:
-            return
-        try:
-            outcome = JOBS[job.get("job", "describe")](job, entered - job["began"])
-        except WeightctlError as error:
-            outcome = {"error": error.message, "hint": error.hint, "exit_code": error.exit_code}
+        with _guarded(job["alive"]):
+            try:
+                outcome = JOBS[job.get("job", "describe")](job, entered - job["began"])
+            except WeightctlError as error:
+                outcome = {"error": error.message, "hint": error.hint, "exit_code": error.exit_code}
         json.dump(outcome, reply)
+
+
+@contextlib.contextmanager
+def _guarded(alive: int) -> Iterator[None]:
+    """Let a process wait for the end of the pipe `alive`, which a killed bench leaves too, and then end the group.
+
+    The kernel's own signal for that (PR_SET_PDEATHSIG) would spare the children of this process.
+    """
+    guard = os.fork()
+    if not guard:
+        os.read(alive, 1)
+        os.killpg(0, signal.SIGKILL)
+    try:
+        yield
+    finally:
+        os.kill(guard, signal.SIGKILL)
+        os.waitpid(guard, 0)
 
 
 def _describe(job: dict[str, Any], _: float) -> dict[str, Any]:
@@ -106,7 +120,7 @@ def _load(job: dict[str, Any], start: float) -> dict[str, Any]:
             "residency": residency,
             "mark": _mark(job["cache"], residency),
             "peak_host_bytes": _peak_host(),
-            "peak_pinned_bytes": _peak_pinned(met.device),
+            "peak_pinned_bytes": _peak_pinned(met.device, loader),
             "peak_device_bytes": _peak_device(met.device, free),
             "difference": _difference(job, loader, snapshot, tensors, met.device),
         }
@@ -202,14 +216,14 @@ def _peak_host() -> int:
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
 
 
-def _peak_pinned(device: str) -> int | None:
-    """What torch's allocator of pinned memory held. A library with calls of its own to CUDA tells nobody."""
+def _peak_pinned(device: str, loader: Loader) -> int | None:
+    """What torch's allocator of pinned memory held, and what the loader pinned itself. Other libraries tell nobody."""
     import torch
 
     if device == "cpu":
         return 0
     counted: dict[str, int] = getattr(torch.cuda, "host_memory_stats", dict)()
-    return counted.get("allocated_bytes.peak") or None
+    return (counted.get("allocated_bytes.peak", 0) + loader.peak_pinned_bytes()) or None
 
 
 def _peak_device(device: str, free: int) -> int:

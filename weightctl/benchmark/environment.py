@@ -32,7 +32,7 @@ def describe(device: str, files: Sequence[Path]) -> Facts:
     `network`; None where nobody tells), device, the libraries, and of a GPU gpu, gpu_memory_bytes, cuda, driver,
     pcie_generation and pcie_width (as nvidia-smi tells, while the device is awake).
     """
-    device = choose_device(device)
+    device = device if device == "cpu" else choose_device(device)  # which imports torch
     return {
         "weightctl": importlib.metadata.version("weightctl"),
         "python": platform.python_version(),

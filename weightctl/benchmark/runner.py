@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -39,6 +40,8 @@ class Job:
     key: bytes
     expected: tuple[Fingerprint, ...]
     """Of the model's own tensors, by `key`."""
+    directory: Path
+    """For what the processes leave, and nobody wants."""
     processes: int = 1
     """That load at once, each to a device of its own."""
     drop_caches: bool = False
@@ -67,9 +70,8 @@ def run_load(loader: Loader, snapshot: Snapshot, cache: str, number: int, job: J
         "timeout": job.timeout,
     }
     try:
-        with tempfile.TemporaryDirectory(prefix="weightctl-meeting-") as directory:
-            jobs = invitations(given, job.processes, str(Path(directory) / "store"))
-            outcome = together(run_jobs(jobs, job.timeout))
+        jobs = invitations(given, job.processes, str(job.directory / secrets.token_hex(8)))
+        outcome = together(run_jobs(jobs, job.timeout))
     except WeightctlError as error:
         return Run(number, "failed", error.message)
     if difference := outcome.pop("difference"):
@@ -132,13 +134,23 @@ class _Running:
 
 @contextlib.contextmanager
 def _started(job: Mapping[str, Any]) -> Iterator[_Running]:
-    """Files instead of pipes: nobody has to feed or to drain one process while it waits for another."""
-    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as reply, tempfile.TemporaryFile() as errors:
-        given.write(json.dumps({**job, "parent": os.getpid(), "began": time.monotonic()}).encode())
+    """Files instead of pipes: nobody has to feed or to drain one process while it waits for another.
+
+    The one pipe carries nothing, and tells the process's group by its end that this one is gone.
+    """
+    with contextlib.ExitStack() as stack:
+        given, reply, errors = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(3))
+        alive, ours = os.pipe()
+        stack.callback(os.close, ours)
+        given.write(json.dumps({**job, "alive": alive, "began": time.monotonic()}).encode())
         given.seek(0)
-        process = subprocess.Popen(
-            [sys.executable, "-c", _START, *sys.path], stdin=given, stdout=reply, stderr=errors, start_new_session=True
-        )
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-c", _START, *sys.path], stdin=given, stdout=reply, stderr=errors, pass_fds=[alive],
+                start_new_session=True,
+            )  # fmt: skip
+        finally:
+            os.close(alive)
         try:
             yield _Running(process, reply, errors)
         finally:

@@ -39,7 +39,7 @@ def bench(
     ] = None,
     runs: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Runs of each row, at most [default: 10].", show_default=False),
+        typer.Option(metavar="N", help="Runs of each row, at most [default: 10; cold starts: 3].", show_default=False),
     ] = None,
     precision: Annotated[
         float | None,

@@ -63,6 +63,10 @@ class Loader(Backend, ABC):
     def prepare(self, snapshot: Snapshot) -> None:
         """Import everything that `load` needs, so that a clock can start after it."""
 
+    def peak_pinned_bytes(self) -> int:
+        """The most host memory that this process had pinned at once for such loads, without torch's allocator."""
+        return 0
+
     @abstractmethod
     def load(self, snapshot: Snapshot, device: str) -> dict[str, torch.Tensor]:
         """Every tensor of the model by name, on `device` (`cpu`, `cuda`, `cuda:N`), ready for use on return.

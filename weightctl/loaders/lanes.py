@@ -6,6 +6,7 @@ import contextlib
 import functools
 import mmap
 import os
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -143,6 +144,25 @@ PORTABLE = 1
 """cudaHostRegisterPortable: pinned for every device."""
 
 
+class Pinned:
+    """Counts bytes that are registered with CUDA, in all threads."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.peak = 0
+        self._lock = threading.Lock()
+
+    def add(self, nbytes: int) -> None:
+        """So many more, or fewer if negative."""
+        with self._lock:
+            self.now += nbytes
+            self.peak = max(self.peak, self.now)
+
+
+pinned = Pinned()
+"""By the slabs of this process."""
+
+
 class PinnedSlab(Slab):
     """Sends on the thread's present stream. Registered with CUDA after the first read into it, which has brought its
     pages into being."""
@@ -173,6 +193,7 @@ class PinnedSlab(Slab):
                     "make ring_bytes smaller, or take the strategy safetensors",
                 )
             self._pinned = True
+            pinned.add(self.tensor.nbytes)
 
     def send(self, piece: Piece, buffer: torch.Tensor) -> None:
         self._driver.copy(buffer.data_ptr() + piece.place, self._address + piece.start, piece.nbytes, self._stream)
@@ -186,6 +207,7 @@ class PinnedSlab(Slab):
         if self._pinned:
             torch.cuda.cudart().cudaHostUnregister(self._address)  # type: ignore[no-untyped-call]
             self._pinned = False
+            pinned.add(-self.tensor.nbytes)
 
 
 class CudaLane(SlabLane):

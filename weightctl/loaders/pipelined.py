@@ -16,7 +16,7 @@ from weightctl.errors import WeightctlError, translated_os_errors
 from weightctl.loaders.base import Loader, loaders
 from weightctl.loaders.blocks import PAGE_BYTES, Block, Shard, plan
 from weightctl.loaders.buffers import Buffers
-from weightctl.loaders.lanes import CudaLane, Lane, StraightLane
+from weightctl.loaders.lanes import CudaLane, Lane, StraightLane, pinned
 from weightctl.loaders.reading import Source
 from weightctl.loaders.safetensors import own_checkpoint
 from weightctl.model import Snapshot
@@ -69,6 +69,10 @@ class PipelinedLoader(Loader):
     def prepare(self, snapshot: Snapshot) -> None:  # noqa: ARG002
         """Import torch."""
         import torch  # noqa: F401
+
+    def peak_pinned_bytes(self) -> int:
+        """The slabs of all lanes."""
+        return pinned.peak
 
     def load(self, snapshot: Snapshot, device: str) -> dict[str, torch.Tensor]:
         """On a CUDA device, what is not in the page cache is read past it."""

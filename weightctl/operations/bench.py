@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import itertools
 import json
 import os
 import re
 import secrets
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +22,7 @@ from weightctl.benchmark.ceilings import limits
 from weightctl.benchmark.hashing import expected_fingerprints
 from weightctl.benchmark.results import SCHEMA, BenchResult, Limit, Model, Row, Run, Settings, read_result, write_result
 from weightctl.benchmark.runner import Job, run_job, run_load
+from weightctl.benchmark.scratch import sweep, temporary
 from weightctl.benchmark.summary import CONFIDENCE, Floor, compare, summarize, width
 from weightctl.config import Config
 from weightctl.digests import Identity
@@ -38,6 +37,9 @@ from weightctl.progress import Progress
 CACHES = ("warm", "cold")
 """warm: every file of the model was read just before. cold: and then dropped from the page cache."""
 
+RUNS = 10
+"""Of each row at most, unless `config.runs` says otherwise."""
+
 CEILING_ROUNDS = 3
 """The rounds that begin with a look at what the machine can do; the best of them is the ceiling."""
 
@@ -45,8 +47,6 @@ VAIN_RUNS = 3
 """So many runs without one that counts, and a row has no more of them."""
 
 KEPT_RESULTS = 20
-
-TEMPORARY = "weightctl-bench-"
 
 
 def bench(
@@ -57,6 +57,7 @@ def bench(
     nproc: int = 1,
     drop_caches: bool = False,
     construct: bool = False,
+    warm_up: bool = True,
     scratch: Path | None = None,
     output: Path | None = None,
     against: Path | None = None,
@@ -69,10 +70,11 @@ def bench(
 ) -> BenchResult:
     """Load `model` with each of `strategies` (all, unless given), in rounds that go through them by turns.
 
-    After a round to warm up, up to `config.runs` rounds are measured, fewer when the interval of every median is
-    narrower than `config.precision`. Where a strategy's format is missing, the model is converted to it first, into
-    `scratch` (kept, and used again) or a temporary directory. `nproc` processes load at once, each to a device of its
-    own. `drop_caches` empties the whole page cache for a cold run, `construct` builds the model after each load.
+    After a round to warm up, unless not `warm_up`, up to `config.runs` rounds (or `RUNS`) are measured, fewer when the
+    interval of every median is narrower than `config.precision`. Where a strategy's format is missing, the model is
+    converted to it first, into `scratch` (kept, and used again) or a temporary directory. `nproc` processes load at
+    once, each to a device of its own. `drop_caches` empties the whole page cache for a cold run, `construct` builds the
+    model after each load.
 
     The result so far is saved to `output` after every run (or among the last few in the cache directory), and is
     returned, not `complete`, if an interrupt ends the rounds. With `against`, a file of an older bench, it holds a
@@ -103,17 +105,19 @@ def bench(
     key = secrets.token_bytes(16)
     with progress.task("hashing the tensors", stored.bytes) as task:
         expected = expected_fingerprints(stored, key, task)
-    job = Job(
-        environment["device"], config.workers, config.timeout, key, tuple(expected), nproc, drop_caches, construct
-    )
+    runs = config.runs or RUNS
     settings = Settings(
-        config.device, tuple(loader.name for loader in chosen), caches, config.runs, config.precision, CONFIDENCE,
+        config.device, tuple(loader.name for loader in chosen), caches, runs, config.precision, CONFIDENCE,
         config.timeout, config.workers, drop_caches, construct,
     )  # fmt: skip
     about = _about(snapshot, stored)
     path = output or _kept(created, snapshot.name, progress)
-    with _scratch(scratch) as directory:
-        ready = {loader.name: _made_ready(loader, snapshot, stored, directory, progress) for loader in chosen}
+    with _directories(scratch) as (passing, kept):
+        job = Job(
+            environment["device"], config.workers, config.timeout, key, tuple(expected), passing, nproc, drop_caches,
+            construct,
+        )  # fmt: skip
+        ready = {loader.name: _made_ready(loader, snapshot, stored, kept, progress) for loader in chosen}
         measured = _Measured(ready, {(loader.name, cache): [] for cache in caches for loader in chosen})
         if nproc > 1:
             environment["processes"] = nproc
@@ -130,8 +134,9 @@ def bench(
             return found
 
         try:
-            for number in range(config.runs + 1):
-                if number and not measured.goes_on(config.precision):
+            first = 0 if warm_up else 1
+            for number in range(first, runs + 1):
+                if number > first and not measured.goes_on(config.precision):
                     break
                 if number < CEILING_ROUNDS:
                     measured.look(job, paths, caches)
@@ -143,7 +148,7 @@ def bench(
                     if run.status == "failed":
                         progress.note(f"{loader.name}, {cache}: failed: {run.reason}")
                     result(complete=False)
-                progress.note(measured.news(number, config.runs))
+                progress.note(measured.news(number, runs))
         except KeyboardInterrupt:
             if not any(measured.runs.values()):
                 raise
@@ -235,6 +240,7 @@ def _kept(created: str, name: str, progress: Progress) -> Path | None:
         directory.mkdir(parents=True, exist_ok=True)
         for old in sorted(directory.glob("*.json"))[: 1 - KEPT_RESULTS]:
             old.unlink(missing_ok=True)
+        sweep(directory, f".*{storage.TEMPORARY_SUFFIX}")
     except OSError:
         return None
     word = re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:80]
@@ -244,43 +250,13 @@ def _kept(created: str, name: str, progress: Progress) -> Path | None:
 
 
 @contextlib.contextmanager
-def _scratch(directory: Path | None) -> Iterator[Path]:
-    with translated_os_errors(f"write to {directory or tempfile.gettempdir()}"):
-        if directory is not None:
-            storage.make_directories(directory.absolute())
-            yield directory.absolute()
-        else:
-            with _temporary(Path(tempfile.gettempdir())) as temporary:
-                yield temporary
-
-
-@contextlib.contextmanager
-def _temporary(parent: Path) -> Iterator[Path]:
-    """A directory, locked while it is used, so that the next bench knows, and removes, what a killed one left."""
-    for leftover in parent.glob(f"{TEMPORARY}*"):
-        with contextlib.suppress(OSError), _locked(leftover, fcntl.LOCK_NB):
-            shutil.rmtree(leftover, ignore_errors=True)
-    while True:
-        path = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=parent))
-        with contextlib.suppress(FileNotFoundError), _locked(path, 0) as descriptor:
-            if os.fstat(descriptor).st_nlink:  # else the next bench took it for a leftover before it was locked
-                try:
-                    yield path
-                finally:
-                    shutil.rmtree(path, ignore_errors=True)
-                return
-
-
-@contextlib.contextmanager
-def _locked(directory: Path, flags: int) -> Iterator[int]:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        if os.fstat(descriptor).st_uid != os.getuid():
-            raise PermissionError
-        fcntl.flock(descriptor, fcntl.LOCK_EX | flags)
-        yield descriptor
-    finally:
-        os.close(descriptor)
+def _directories(scratch: Path | None) -> Iterator[tuple[Path, Path]]:
+    """One for what is gone at the end, and one for models that were converted: the same, unless they are to be kept."""
+    where = scratch or Path(tempfile.gettempdir())
+    with translated_os_errors(f"write to {where}"), temporary(Path(tempfile.gettempdir())) as passing:
+        if scratch is not None:
+            storage.make_directories(scratch.absolute())
+        yield passing, scratch.absolute() if scratch is not None else passing
 
 
 def _made_ready(

@@ -19,6 +19,7 @@ from weightctl.benchmark.engines import Engine, Image, engines
 from weightctl.benchmark.results import SCHEMA, BenchResult, ColdStart, Model, Scenario, Settings, Stage, write_result
 from weightctl.benchmark.runner import run_job
 from weightctl.benchmark.scenarios import SCENARIOS, Kind, summarize, time_load
+from weightctl.benchmark.scratch import PREFIX, temporary
 from weightctl.config import Config
 from weightctl.errors import IntegrityError, UsageError, WeightctlError, translated_os_errors
 from weightctl.images.credentials import is_loopback
@@ -32,6 +33,9 @@ from weightctl.operations.resolve import resolve
 from weightctl.operations.serialize import serialize
 from weightctl.progress import Progress
 from weightctl.sources.directory import read_directory
+
+RUNS = 3
+"""Unless `config.runs` says otherwise: a whole cold start takes long."""
 
 CONFIDENCE = 0.95
 
@@ -117,7 +121,7 @@ def run_scenarios(
     config: Config,
     progress: Progress,
 ) -> BenchResult:
-    """Deploy `model` in every way that is asked for, then start from nothing `config.runs` times, in rounds.
+    """Deploy `model` in every way that is asked for, then start from nothing, in `config.runs` (or `RUNS`) rounds.
 
     What a round brought here is gone before the next, images and caches too, and at the end so is what was deployed.
     The result so far is saved to `output` after every start. A way that is not to be had here, or fails, is a row that
@@ -134,13 +138,14 @@ def run_scenarios(
     stored = open_stored(snapshot)
     if not stored.bytes:
         raise UsageError(f"the tensors of {snapshot.name} have no bytes", "there is nothing to time")
+    runs = config.runs or RUNS
     machine = run_job({"device": config.device}, config.timeout)
     began = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     about = Model(
         snapshot.name, snapshot.commit, own_format(snapshot), len(snapshot.files), len(stored.entries), stored.bytes
     )
     settings = Settings(
-        machine["environment"]["device"], (shipping.strategy,), ("cold",), config.runs, 0.0, CONFIDENCE, config.timeout,
+        machine["environment"]["device"], (shipping.strategy,), ("cold",), runs, 0.0, CONFIDENCE, config.timeout,
         config.workers,
     )  # fmt: skip
     paths = [file.source for file in weight_files(snapshot)]
@@ -166,21 +171,21 @@ def run_scenarios(
 
     where = shipping.scratch or Path(tempfile.gettempdir())
     with translated_os_errors(f"write to {where}"), ExitStack() as shipped:
-        scratch = Path(shipped.enter_context(tempfile.TemporaryDirectory(prefix="weightctl-bench-", dir=where)))
+        scratch = shipped.enter_context(temporary(where))
         bench = _Bench(snapshot, include, exclude, shipping, settings.device, scratch, config, progress)
         ways: list[_Way | Scenario] = []
         for kind in dict.fromkeys(shipping.scenarios):
             ways += _deployed(kind, bench, shipped)
         starts.update((number, []) for number in range(len(ways)))
         try:
-            for number in range(1, config.runs + 1):
+            for number in range(1, runs + 1):
                 for place, way in enumerate(ways):
                     past = starts[place]
                     if isinstance(way, Scenario) or any(start.status == "failed" for start in past):
                         continue
                     past.append(_start(way, bench, number))
                     words = past[-1].reason or past[-1].mark or f"{past[-1].seconds:.2f} s"
-                    progress.note(f"{_title(way)}: {words}, start {number} of {config.runs}")
+                    progress.note(f"{_title(way)}: {words}, start {number} of {runs}")
                     result(False)
         except KeyboardInterrupt:
             if any(starts.values()):
@@ -312,8 +317,7 @@ def _volume(bench: _Bench, shipped: ExitStack) -> list[_Way | Scenario]:
     if not where.is_dir():
         raise UsageError(f"the volume {where} does not exist", "mount it, or create the directory, first")
     with translated_os_errors(f"write to the volume {where}"):
-        volume = Path(tempfile.mkdtemp(prefix=".weightctl-bench-", dir=where.absolute()))
-    shipped.callback(shutil.rmtree, volume, ignore_errors=True)
+        volume = shipped.enter_context(temporary(where.absolute(), f".{PREFIX}"))
     bench.forget()
     pushed = push_volume(
         bench.directory, volume, name="model", include=bench.include, exclude=bench.exclude, config=bench.config,
