@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from weightctl.loaders.base import loaders
@@ -94,3 +96,33 @@ class Missing(Fake):
     """Needs what is not installed."""
 
     requires: ClassVar[dict[str, str]] = {"no_such_module": "torch"}
+
+
+@loaders.register("steady")
+class Steady(Fake):
+    """Takes half a second longer."""
+
+    def harm(self, tensors: dict[str, torch.Tensor]) -> None:
+        time.sleep(0.5)
+
+
+@loaders.register("delayed")
+class Delayed(Fake):
+    """Takes DELAY seconds longer."""
+
+    def harm(self, tensors: dict[str, torch.Tensor]) -> None:
+        time.sleep(float(os.environ["DELAY"]))
+
+
+@loaders.register("holds-once")
+class HoldsOnce(Fake):
+    """Maps its file before the clock starts, so that nothing of it leaves the page cache, until HELD is there."""
+
+    def prepare(self, snapshot: Snapshot) -> None:
+        super().prepare(snapshot)
+        held = Path(os.environ["HELD"])
+        if not held.exists():
+            held.touch()
+            with snapshot.files[0].source.open("rb") as stream:
+                flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+                self.mapping = mmap.mmap(stream.fileno(), 0, flags=flags, prot=mmap.PROT_READ)

@@ -89,6 +89,7 @@ def test_what_is_other_is_said(change: object, words: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_a_device_computes_the_same() -> None:
     tensor = torch.randn(3_000_001)
     on_device = TensorHash(bytes(range(16)), "cuda").fingerprints({"a": tensor.cuda()})
