@@ -112,9 +112,13 @@ def _notes(result: BenchResult) -> Iterator[str]:
         marks = [run.mark for run in row.runs if run.mark and run.round]
         if marks and row.status == "ok":
             yield f"{row.strategy}, {row.cache}: {units.count(len(marks), 'run')} not counted: {marks[-1]}"
-        if row.outliers:
-            listed = ", ".join(units.seconds(seconds) for seconds in row.outliers)
-            yield f"{row.strategy}, {row.cache}: far from the rest: {listed}"
+    far = [
+        f"{row.strategy}, {row.cache} {', '.join(units.seconds(seconds) for seconds in row.outliers)}"
+        for row in result.results
+        if row.outliers
+    ]
+    if far:
+        yield f"far from the rest: {'; '.join(far)}"
     unsure = [row for row in result.results if row.status == "ok" and width(row) > result.settings.precision]
     if unsure:
         yield (
