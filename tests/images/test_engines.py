@@ -6,8 +6,11 @@ import io
 import json
 import os
 import secrets
+import signal
 import subprocess
+import sys
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -15,10 +18,13 @@ from pathlib import Path
 import pytest
 
 from tests import models
+from tests.benchmarks.bake_to_engine import Relay
+from tests.command import weightctl
 from tests.images.conformance import plan
 from tests.services import docker_engine, podman_engine, tool
 from weightctl.config import Config
-from weightctl.images import Baked, DockerImages
+from weightctl.errors import IntegrityError
+from weightctl.images import Baked, DockerImages, docker
 from weightctl.images.oci import ImageName
 from weightctl.operations.base import open_base
 from weightctl.progress import Progress
@@ -105,3 +111,66 @@ def test_an_image_there_lies_below(name: str, model: Path, tmp_path: Path, spec:
     assert saved(f"{name}:v1", tmp_path) == {"/srv/app": b"app", **files_of(model)}
     settings = json.loads(tool("docker", "inspect", f"{name}:v1"))[0]["Config"]["Env"]
     assert {"BASE=yes", "WEIGHTCTL_MODEL_DIR=/models/m"} <= set(settings)
+
+
+MIB = 1 << 20
+CONTAINERD = "containerd"
+"""Docker's image store of that name keeps nothing of a bake that is not finished."""
+IN_STEPS_OF_A_MIB = """
+import sys
+from weightctl.images import docker
+docker.STEP_BYTES = 1 << 20
+from weightctl.cli.main import main
+main()
+"""
+
+
+def unfinished() -> set[str]:
+    return set(tool("docker", "images", "--quiet", "--filter", f"label={docker.UNFINISHED}").split())
+
+
+@pytest.mark.parametrize("after", [1.5, 6.5])
+def test_a_killed_bake_is_gone_on_with(engine: str, name: str, tmp_path: Path, after: float) -> None:
+    model = tmp_path / "m"
+    for number in range(4):
+        models.write_safetensors(model / f"model-{number}.safetensors", 2 * MIB, secrets.randbits(60))
+    expected = weightctl("bake", model, "--tag", "m:v1", "--to", f"archive:{tmp_path / 'm.tar'}", "--json").result
+    with tempfile.TemporaryDirectory() as directory:
+        relay = Relay(engine, Path(directory))
+        relay.hold_after = int(after * MIB)
+        command = [sys.executable, "-c", IN_STEPS_OF_A_MIB, "bake", model, "--tag", f"{name}:v1", "--to", "docker"]
+        killed = subprocess.Popen(command, env={**os.environ, "DOCKER_HOST": relay.host})
+        try:
+            assert relay.held.wait(60)
+        finally:
+            killed.send_signal(signal.SIGKILL)
+            killed.wait()
+        relay.hold_after, sent = 0, relay.sent
+        relay.go_on.set()
+        kept = 0 if CONTAINERD in tool("docker", "info", "--format", "{{.DriverStatus}}") else after // 2
+        assert len(unfinished()) == kept
+        done = subprocess.run(command, env={**os.environ, "DOCKER_HOST": relay.host}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert relay.sent - sent < (8 - 2 * kept + 1) * MIB
+    assert unfinished() == set()
+    image = json.loads(tool("docker", "inspect", f"{name}:v1"))[0]
+    assert image["RootFS"]["Layers"] == [layer["digest"] for layer in expected["layers"]]
+    assert saved(f"{name}:v1", tmp_path) == files_of(model)
+
+
+def test_what_a_bake_left_is_kept_for_a_day(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if CONTAINERD in tool("docker", "info", "--format", "{{.DriverStatus}}"):
+        pytest.skip("nothing is left there")
+    data = {f"model-{number}.safetensors": secrets.token_bytes(2 * MIB) for number in range(3)}
+    snapshot = models.write_hub_cache(tmp_path / "hub", data)
+    models.flip_bit((snapshot / "model-2.safetensors").resolve())
+    monkeypatch.setattr(docker, "STEP_BYTES", MIB)
+    with pytest.raises(IntegrityError, match="damaged"):
+        DockerImages().bake(plan(snapshot), ImageName.parse(f"{name}:v1"), config=Config(), progress=Progress())
+    first, _ = left = unfinished()
+    bake(models.write_model(tmp_path / "other", seed=secrets.randbits(60)), f"{name}:v2")
+    assert unfinished() == left
+    tool("docker", "tag", first, f"{name}:v1")
+    monkeypatch.setattr(docker, "UNFINISHED_SECONDS", -1)
+    bake(models.write_model(tmp_path / "another", seed=secrets.randbits(60)), f"{name}:v2")
+    assert unfinished() == {first}

@@ -186,9 +186,9 @@ def blob_path(digest: str) -> str:
     return f"blobs/sha256/{digest.removeprefix('sha256:')}"
 
 
-def docker_manifest(config: str, name: ImageName, layers: Sequence[str]) -> list[dict[str, Any]]:
+def docker_manifest(config: str, name: ImageName | None, layers: Sequence[str]) -> list[dict[str, Any]]:
     """The `manifest.json` of a Docker archive: its members' names."""
-    return [{"Config": config, "RepoTags": [str(name)], "Layers": list(layers)}]
+    return [{"Config": config, "RepoTags": [str(name)] if name else [], "Layers": list(layers)}]
 
 
 def _write_archive(

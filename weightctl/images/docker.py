@@ -14,8 +14,11 @@ import posixpath
 import re
 import shutil
 import tarfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
@@ -48,6 +51,15 @@ if TYPE_CHECKING:
 
 PIPE_BYTES = 1 << 20
 """What an unprivileged process may make of a pipe; the engine is sent as much at a time."""
+
+STEP_BYTES = 1 << 30
+"""After so much a load ends with the layer: an engine keeps nothing of a load that a kill breaks off."""
+
+UNFINISHED = "weightctl.unfinished"
+"""The label of the images that keep what a bake has brought so far, until it is done."""
+
+UNFINISHED_SECONDS = 24 * 3600
+"""How long they are kept for whoever bakes the same again."""
 
 CONFIG_FIELDS = (
     "User", "ExposedPorts", "Env", "Entrypoint", "Cmd", "Volumes", "WorkingDir", "Labels", "StopSignal",
@@ -86,21 +98,33 @@ class DockerImages(Images):
         return None
 
     def preview(self, plan: ImagePlan, name: ImageName, *, config: Config) -> Preview:  # noqa: ARG002
-        """See `Images.preview`. While it loads, the engine holds what was sent twice: as sent, and unpacked."""
+        """See `Images.preview`. Of what one load brings, the engine holds two: as sent, and unpacked."""
         with _engine() as engine:
             held = _held_layers(engine, plan, None)
+            in_steps = _store(engine) != "containerd"
             root = Path(engine.info().get("DockerRootDir") or "/")
         existing = tuple(number in held for number in range(len(plan.base_layers), plan.count))
-        needed = 2 * sum(layer.size for layer, known in zip(plan.layers, existing, strict=True) if not known)
+        unsent = [layer.size for layer, known in zip(plan.layers, existing, strict=True) if not known]
+        largest_step = STEP_BYTES + max(unsent, default=0) if in_steps else sum(unsent)
+        needed = sum(unsent) + min(sum(unsent), largest_step)
         return Preview(existing, needed, space_problems(root, needed) if root.is_dir() else ())
 
     def bake(self, plan: ImagePlan, name: ImageName, *, config: Config, progress: Progress) -> Baked:
-        """See `Images.bake`. Sends only the layers that the engine lacks. The digest is the image's ID there."""
+        """See `Images.bake`. Sends only the layers that the engine lacks. The digest is the image's ID there.
+
+        In steps: after each, the engine has an image without a name of the layers so far, which a bake that follows a
+        kill finds. The containerd image store, which goes by names, is sent everything at once.
+        """
+        written: list[WrittenLayer] = []
         with _engine() as engine:
-            held = _held_layers(engine, plan, config)
+            there = held = _held_layers(engine, plan, config)
             oci = _store(engine) == "containerd"
             with progress.task("baking", plan.size) as task:
-                written = _load(engine, functools.partial(_write_archive, plan, name, held, oci, task))
+                for end in () if oci else _steps(plan, held):
+                    step = replace(plan, layers=plan.layers[:end])
+                    _load(engine, functools.partial(_write_archive, step, None, there, written, oci, task))
+                    there = there.union(range(step.count))
+                _load(engine, functools.partial(_write_archive, plan, name, there, written, oci, task))
             image = engine.api.inspect_image(str(name))
             expected = [layer.diff_id for layer in (*plan.base_layers, *written)]
             if image["RootFS"]["Layers"] != expected:
@@ -109,6 +133,8 @@ class DockerImages(Images):
                 memory = _memory(engine)
                 for layer in (*plan.base_layers, *written):
                     memory.remember(layer.blob.digest, image["Id"].removeprefix("sha256:"))
+            else:
+                _remove_unfinished(engine, expected)
         rows = [(layer, number in held) for number, layer in enumerate(written, len(plan.base_layers))]
         return Baked(image["Id"], describe(plan.layers, rows), sum(row.blob.size for row, old in rows if not old))
 
@@ -223,13 +249,11 @@ def _held_layers(engine: docker.DockerClient, plan: ImagePlan, config: Config | 
     """Which layers of the image to be, counted from the lowest, the engine has and need not be sent.
 
     The classic store keys layers on what lies below them: it has those up to the first that differs from an image
-    there. The containerd image store has any blob that an image there is made of; which those are it does not say, so
-    only what we sent counts. Podman wants every layer. Without a config no file is read: layers count whose digests
-    are remembered.
+    there. Podman finds a layer of any image. The containerd image store has any blob that an image there is made of;
+    which those are it does not say, so only what we sent counts. Without a config no file is read: layers count whose
+    digests are remembered.
     """
-    if (store := _store(engine)) == "podman":
-        return frozenset()
-    images_there = [engine.api.inspect_image(image["Id"]) for image in engine.api.images()]
+    store, images_there = _store(engine), list(_inspected(engine, {}))
     baked_before = any(
         str(setting).startswith(MODEL_DIRECTORY_VARIABLE)
         for image in images_there
@@ -244,6 +268,9 @@ def _held_layers(engine: docker.DockerClient, plan: ImagePlan, config: Config | 
         memory, held = _memory(engine), {image["Id"].removeprefix("sha256:") for image in images_there}
         blobs = enumerate(layer and layer.blob.digest for layer in wanted)
         return frozenset(number for number, digest in blobs if digest and memory.repository(digest) in held)
+    if store == "podman":
+        layers_there = {diff_id for image in images_there for diff_id in _diff_ids(image)}
+        return frozenset(number for number, layer in enumerate(wanted) if layer and layer.diff_id in layers_there)
     diff_ids = [layer.diff_id for layer in itertools.takewhile(bool, wanted) if layer]
     return frozenset(range(max((_common(diff_ids, _diff_ids(image)) for image in images_there), default=0)))
 
@@ -253,16 +280,65 @@ def _common(wanted: Sequence[str], there: Sequence[str]) -> int:
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _load(engine: docker.DockerClient, write: Callable[[BinaryIO], Sequence[WrittenLayer]]) -> Sequence[WrittenLayer]:
+def _inspected(engine: docker.DockerClient, filters: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The images there that the filters name, and when each was made, in seconds since 1970.
+
+    One that is removed meanwhile is left out.
+    """
+    import docker.errors
+
+    for image in engine.api.images(filters=filters):
+        with contextlib.suppress(docker.errors.ImageNotFound):
+            yield {**engine.api.inspect_image(image["Id"]), "CreatedSeconds": image["Created"]}
+
+
+def _steps(plan: ImagePlan, held: frozenset[int]) -> Iterator[int]:
+    """With how many of the model's layers each load ends, but for the last, which ends with all."""
+    unsent = 0
+    for number, layer in enumerate(plan.layers):
+        if len(plan.base_layers) + number in held:
+            continue
+        if unsent >= STEP_BYTES:
+            yield number
+            unsent = 0
+        unsent += layer.size
+
+
+def _remove_unfinished(engine: docker.DockerClient, finished: Sequence[str]) -> None:
+    """Remove the images that earlier steps left: those of the finished image's own layers, and those that are old.
+
+    The first are the finished image's from now on, so a bake beside this one that counts on them still finds them.
+    """
+    import docker.errors
+
+    for image in _inspected(engine, {"label": UNFINISHED, "dangling": True}):
+        layers = _diff_ids(image)
+        if layers == list(finished[: len(layers)]) or image["CreatedSeconds"] < time.time() - UNFINISHED_SECONDS:
+            with contextlib.suppress(docker.errors.APIError):  # somebody uses it, or removed it first
+                engine.api.remove_image(image["Id"], noprune=True)
+
+
+def _unfinished(config: bytes) -> bytes:
+    """The config of an image that only keeps its layers in the engine; as of now, and so no other bake's.
+
+    Its history is not how the whole image's begins: podman would take it for that one's parent, and keep it.
+    """
+    value = json.loads(config)
+    settings = {**value["config"], "Labels": {UNFINISHED: "weightctl bake removes it when it is done"}}
+    created = datetime.now(timezone.utc).isoformat()
+    return json.dumps({**value, "config": settings, "created": created, "history": []}).encode()
+
+
+def _load(engine: docker.DockerClient, write: Callable[[BinaryIO], None]) -> None:
     """Have the engine load an archive that is written while it is sent."""
     reader, writer = os.pipe()
     with contextlib.suppress(OSError):
         fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
     with ThreadPoolExecutor(1) as pool, os.fdopen(reader, "rb", buffering=0) as source:
 
-        def fill() -> Sequence[WrittenLayer]:
+        def fill() -> None:
             with os.fdopen(writer, "wb", buffering=0) as stream:
-                return write(stream)
+                write(stream)
 
         making = pool.submit(fill)
 
@@ -277,42 +353,49 @@ def _load(engine: docker.DockerClient, write: Callable[[BinaryIO], Sequence[Writ
                     raise WeightctlError(f"the Docker engine refuses the image: {message['error']}")
         finally:
             source.close()  # a writer that still waits ends with a broken pipe
-        return making.result()
+        making.result()
 
 
 def _write_archive(
-    plan: ImagePlan, name: ImageName, held: Collection[int], oci: bool, task: Task, stream: BinaryIO
-) -> Sequence[WrittenLayer]:
+    plan: ImagePlan,
+    name: ImageName | None,
+    held: frozenset[int],
+    written: list[WrittenLayer],
+    oci: bool,
+    task: Task,
+    stream: BinaryIO,
+) -> None:
     """The image in Docker's form, without the layers that the engine holds; with `oci` also as a layout.
 
-    The containerd image store then takes the layout's word for what the image is, and finds in its own store the blobs
-    that are not sent; it goes by their bytes, whatever the members' names.
+    Adds the model's layers to `written`, which has those of the steps before. Without a name the image is not finished.
+    The containerd image store takes the layout's word for what the image is, and finds in its own store the blobs that
+    are not sent; it goes by their bytes, whatever the members' names.
     """
     below = plan.base_layers
-    written: list[WrittenLayer] = []
     tar = TarWriter(stream)
     for number, base_layer in enumerate(below):
         if number not in held:
             with tar.member(_member(number), base_layer.blob.size):
                 copy_blob(plan.open_base_blob(base_layer.blob), base_layer.blob, [tar.write], task)
-    for number, layer in enumerate(plan.layers, len(below)):
-        if number in held:
+    for layer in plan.layers[len(written) :]:
+        if (number := len(below) + len(written)) in held:
             written.append(known_layer(layer, task))
             continue
         with tar.member(_member(number), layer.size):
             written.append(write_layer(layer, [tar.write], task))
-    config = plan.config(written)
+    config = plan.config(written) if name else _unfinished(plan.config(written))
     tar.add("config.json", config)
-    if oci:
+    if oci and name:
         manifest = plan.manifest(Descriptor.of(CONFIG, config), written)
         tar.add("manifest", manifest)
         tar.add_json("index.json", image_index(Descriptor.of(MANIFEST, manifest), name, plan.platform))
         tar.add_json("oci-layout", {"imageLayoutVersion": "1.0.0"})
     else:
+        for number in held:
+            tar.add(_member(number), b"")  # podman looks for a member even where it has the layer
         members = [_member(number) for number in range(plan.count)]
         tar.add_json("manifest.json", docker_manifest("config.json", name, members))
     tar.close()
-    return written
 
 
 def _member(number: int) -> str:
