@@ -87,12 +87,27 @@ def _touch(mapped: mmap.mmap) -> None:
             bytes(view[:: mmap.PAGESIZE])
 
 
-def forget_files(paths: Sequence[Path]) -> None:
-    """Ask the kernel to drop the files from its page cache, after writing out what is still dirty."""
-    for path in paths:
-        with translated_os_errors(f"drop {path} from the page cache"), path.open("rb") as stream:
-            os.fsync(stream.fileno())
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+COLD_RESIDENCY = 0.05
+"""More of the files than this in the page cache, and they are not cold."""
+
+EVICTIONS, EVICTION_SECONDS = 5, 0.2
+
+
+def forget_files(paths: Sequence[Path], *, everything: bool = False) -> None:
+    """Drop the files, or `everything`, from the page cache, again where the kernel was still busy with their pages.
+
+    What is dirty is written out first. What a process has mapped stays; `residency` tells.
+    """
+    for _ in range(EVICTIONS):
+        for path in paths:
+            with translated_os_errors(f"drop {path} from the page cache"), path.open("rb") as stream:
+                os.fsync(stream.fileno())
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if everything:
+            drop_caches()
+        if not paths or residency(paths) <= COLD_RESIDENCY:
+            return
+        time.sleep(EVICTION_SECONDS)
 
 
 def drop_caches() -> None:

@@ -26,13 +26,8 @@ if TYPE_CHECKING:
 
 PAGE_BYTES = 4096
 
-COLD_RESIDENCY = 0.05
-"""More of the files than this in the page cache, and they are not cold."""
-
 WARM_RESIDENCY = 0.95
 """Less, and they are not warm."""
-
-EVICTIONS, EVICTION_SECONDS = 5, 0.2
 
 
 def main() -> None:
@@ -76,8 +71,8 @@ def _ceilings(job: dict[str, Any], _: float) -> dict[str, Any]:
     found: dict[str, float] = {}
     if "cold" in job["caches"]:
         for direct in (False, True):
-            _evict(paths, job["drop_caches"])
-            if ceilings.residency(paths) <= COLD_RESIDENCY:
+            ceilings.forget_files(paths, everything=job["drop_caches"])
+            if ceilings.residency(paths) <= ceilings.COLD_RESIDENCY:
                 with contextlib.suppress(WeightctlError):  # a filesystem without O_DIRECT
                     rate = ceilings.read_files(paths, threads, direct=direct)
                     found["cold_read"] = max(found.get("cold_read", 0.0), rate)
@@ -106,7 +101,7 @@ def _load(job: dict[str, Any], start: float) -> dict[str, Any]:
         if met.rank == 0:
             ceilings.read_files(files, job["threads"])
             if job["cache"] == "cold":
-                _evict(files, job["drop_caches"])
+                ceilings.forget_files(files, everything=job["drop_caches"])
         met.wait()
         residency = ceilings.residency(files)
         _forget_peaks(met.device)
@@ -161,20 +156,9 @@ def _snapshot(value: dict[str, Any]) -> Snapshot:
     return Snapshot(value["name"], Path(value["root"]), tuple(files))
 
 
-def _evict(files: list[Path], everything: bool) -> None:
-    """Drop the files from the page cache, again where the kernel was still busy with their pages."""
-    for _ in range(EVICTIONS):
-        ceilings.forget_files(files)
-        if everything:
-            ceilings.drop_caches()
-        if ceilings.residency(files) <= COLD_RESIDENCY:
-            return
-        time.sleep(EVICTION_SECONDS)
-
-
 def _mark(cache: str, residency: float) -> str | None:
     """Why a run does not count; None if the page cache was as it should be."""
-    wrong = residency > COLD_RESIDENCY if cache == "cold" else residency < WARM_RESIDENCY
+    wrong = residency > ceilings.COLD_RESIDENCY if cache == "cold" else residency < WARM_RESIDENCY
     return f"it was not {cache}: {residency * 100:.0f} % of the files was cached" if wrong else None
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weightctl import storage
-from weightctl.benchmark.ceilings import forget_files, read_files, residency
+from weightctl.benchmark.ceilings import COLD_RESIDENCY, forget_files, read_files, residency
 from weightctl.benchmark.engines import Engine, Image, engines
 from weightctl.benchmark.results import SCHEMA, BenchResult, ColdStart, Model, Scenario, Settings, Stage, write_result
 from weightctl.benchmark.runner import run_job
@@ -38,9 +38,6 @@ RUNS = 3
 """Unless `config.runs` says otherwise: a whole cold start takes long."""
 
 CONFIDENCE = 0.95
-
-COLD_RESIDENCY = 0.1
-"""More of the files than this in the page cache, and they are not cold."""
 
 
 @dataclass(frozen=True)
