@@ -56,9 +56,7 @@ def advise(
         Path | None,
         typer.Option(metavar="FILE", help="A bench's --output, instead of measuring this machine.", show_default=False),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:N.", show_default=False)
-    ] = None,
+    device: options.Device = None,
     revision: options.Revision = None,
     include: options.Include = None,
     exclude: options.Exclude = None,

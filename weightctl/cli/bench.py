@@ -28,9 +28,7 @@ def bench(
             metavar="NAME", help="Time only these strategies (repeatable) [default: all].", show_default=False
         ),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:N.", show_default=False)
-    ] = None,
+    device: options.Device = None,
     cache: Annotated[
         list[str] | None,
         typer.Option(

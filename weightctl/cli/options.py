@@ -33,6 +33,7 @@ Workers = Annotated[
 PlainHttp = Annotated[
     bool | None, typer.Option("--plain-http", help="Speak plain HTTP to registries without TLS.", show_default=False)
 ]
+Device = Annotated[str | None, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:N.", show_default=False)]
 CacheDir = Annotated[
     Path | None,
     typer.Option(
