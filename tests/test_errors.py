@@ -43,7 +43,9 @@ def test_a_file_is_named_once(tmp_path: Path) -> None:
     assert caught.value.message.count(str(missing)) == 1
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize(
+    "number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOTDIR]
+)
 def test_what_a_disk_can_do_to_a_user_has_a_hint(number: int) -> None:
     with pytest.raises(WeightctlError) as caught, translated_os_errors("write it"):
         raise OSError(number, os.strerror(number))

@@ -28,3 +28,7 @@ def __getattr__(name: str) -> Any:
 
         return DirectoryVolume
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

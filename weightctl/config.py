@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from weightctl.errors import UsageError, translated_os_errors
 
@@ -17,6 +17,20 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+
+def expanded(path: str | Path) -> Path:
+    """`path` with its `~` written out. Raises UsageError where that home is not known, as to a user who has none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UsageError(f"no home directory is known for {str(path)!r}", "write the path out, or set HOME") from None
+
+
+def user_directory(kind: Literal["cache", "config"]) -> Path:
+    """The user's directory of that kind, as XDG says. Without a home it is a path at which nothing can be."""
+    path = Path(os.environ.get(f"XDG_{kind.upper()}_HOME") or os.path.expanduser(f"~/.{kind}"))  # noqa: PTH111
+    return path if path.is_absolute() else Path("/nonexistent")
 
 
 def _integer(low: int, high: int) -> Callable[[object], int]:
@@ -41,7 +55,7 @@ def _switch(value: object) -> bool:
 def _path(value: object) -> Path:
     if not isinstance(value, (str, Path)) or not str(value):
         raise ValueError
-    return Path(value).expanduser()
+    return expanded(value)
 
 
 def _device(value: object) -> str:
@@ -190,8 +204,7 @@ def resolve(flags: Mapping[str, object] | None = None, directory: Path | None = 
 
 def config_files(directory: Path | None = None) -> list[Path]:
     """The configuration files that exist, the one that wins first."""
-    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    candidates = [(directory or Path()) / "weightctl.toml", home / "weightctl" / "config.toml"]
+    candidates = [(directory or Path()) / "weightctl.toml", user_directory("config") / "weightctl" / "config.toml"]
     return [path for path in candidates if path.is_file()]
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weightctl import storage
+from weightctl.config import user_directory
 from weightctl.errors import IntegrityError, translated_os_errors
 from weightctl.model import File
 from weightctl.progress import Progress, Task
@@ -63,8 +64,7 @@ class DigestCache:
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self._path = path or home / "weightctl" / "digests.sqlite3"
+        self._path = path or user_directory("cache") / "weightctl" / "digests.sqlite3"
 
     def get(self, what: str, file: Path) -> str | None:
         """The value remembered as `what` for the file's present bytes."""

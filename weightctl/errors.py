@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import sys
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -18,6 +19,8 @@ class WeightctlError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        if hint and sys.version_info >= (3, 11):
+            self.add_note(f"hint: {hint}")  # below the traceback of whoever calls this from Python
 
 
 class UsageError(WeightctlError):
@@ -46,6 +49,9 @@ _HINTS = {
     errno.EACCES: "check its owner and its permissions",
     errno.EPERM: "check its owner and its permissions",
     errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path: a part of it is a file",
+    errno.EISDIR: "it is a directory: name a file",
+    errno.ENAMETOOLONG: "choose a shorter name",
     errno.EIO: "the device reports an input/output error: check its health, then try again",
     errno.ESTALE: "the mount went away: mount it again, then run this again",
     errno.ENOTCONN: "the mount went away: mount it again, then run this again",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+from weightctl.config import expanded
 from weightctl.errors import IntegrityError, UsageError
 
 WEIGHT_SUFFIXES = frozenset(
@@ -45,7 +46,9 @@ class Reference:
         if revision is None:
             return reference
         if reference.source == "directory":
-            raise UsageError(f"a directory has no revisions: {text!r} with revision {revision!r}")
+            raise UsageError(
+                f"a directory has no revisions: {text!r} with revision {revision!r}", "leave out --revision"
+            )
         if reference.revision not in (None, revision):
             raise UsageError(f"two revisions are asked for: {text!r} and {revision!r}", "give one of them")
         return dataclasses.replace(reference, revision=revision)
@@ -59,14 +62,14 @@ class Reference:
             name, _, version = rest.partition("@")
             if not directory or not name:
                 raise UsageError(f"not a model in a volume: {text!r}", "write volume:DIR#NAME[@VERSION]")
-            return cls("volume", str(Path(directory).expanduser()), check_name(name), version or None)
+            return cls("volume", str(expanded(directory)), check_name(name), version or None)
         if text.startswith("file://"):
             path = urllib.parse.unquote(text.removeprefix("file://"))
             if not path.startswith("/"):
                 raise UsageError(f"not a file URL with an absolute path: {text!r}", "write file:///DIR")
             return cls("directory", path)
         if text.startswith(("/", "./", "../", "~/")) or text in (".", "..", "~"):
-            return cls("directory", str(Path(text).expanduser()))
+            return cls("directory", str(expanded(text)))
         repo_id, _, revision = text.removeprefix("hf://").partition("@")
         if not _REPO_ID.fullmatch(repo_id):
             hint = "write org/name[@revision], hf://org/name, ./dir, /dir, file:///dir or volume:DIR#name[@version]"
@@ -114,6 +117,11 @@ class File:
     """What its bytes hash to, as its source or a reading of it says (64 hex digits); None while nobody has said."""
     git_id: str | None = None
     """Its git blob id (40 hex digits), which is what the Hub gives of a small file."""
+
+    @property
+    def has_digest(self) -> bool:
+        """Whether anybody said what its bytes hash to."""
+        return bool(self.sha256 or self.git_id)
 
     @property
     def is_weight(self) -> bool:

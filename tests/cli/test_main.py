@@ -67,6 +67,59 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
     process.stderr.close()
 
 
+@pytest.mark.parametrize("command", [["config"], ["config", "--json"], ["pull", "."]])
+def test_an_answer_that_cannot_be_written_is_an_error(command: list[str], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*COMMAND, *command], stdout=full, stderr=subprocess.PIPE, text=True, check=False, cwd=tmp_path
+        )
+    assert done.returncode == 1
+    assert "error: cannot print the result: No space left on device\nhint: " in done.stderr
+    assert "Exception" not in done.stderr
+
+
+@pytest.mark.parametrize("stream", ["1", "2"])
+def test_a_stream_may_be_closed(tmp_path: Path, stream: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    command = f"exec '{sys.executable}' -m weightctl pull . {stream}>&-"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stdout == ("" if stream == "1" else f"{tmp_path}\n")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_terminal_without_unicode() -> None:
+    done = weightctl("config", PYTHONIOENCODING="ascii")
+    assert done.code == 0
+    assert "\\u2014" in done.stdout
+
+
+def test_a_table_in_a_pipe_is_not_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert "\n " not in weightctl("config").stdout
+
+
+def test_a_user_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a container's: a number without an entry in passwd."""
+    for variable in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "HF_HOME"):
+        monkeypatch.delenv(variable)
+    (tmp_path / "config.json").write_text("{}")
+    code = "import pwd, runpy; pwd.getpwuid = {}.__getitem__; runpy.run_module('weightctl', run_name='__main__')"
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = ["env", "-u", "HOME", sys.executable, "-c", code, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+
+    done = run("pull", ".")
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path}\n"), done.stderr
+    for model in ("~/model", "volume:~/models#name", "org/name"):
+        done = run("pull", model)
+        assert done.returncode == 2, done.stderr
+        assert "no home directory is known for '~/" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_shell_completion() -> None:
     asked = {"_WEIGHTCTL_COMPLETE": "complete_bash", "COMP_WORDS": "weightctl pu", "COMP_CWORD": "1"}
     script = Path(sys.executable).with_name("weightctl")

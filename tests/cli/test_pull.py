@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import models
 from tests.command import Outcome, start, weightctl
 from tests.disk import small_disk
 from tests.hub_server import Fault, Hub
@@ -93,6 +94,10 @@ def test_pull_to_a_directory(minilm_hub: Hub, minilm: Path, tmp_path: Path, home
     minilm_hub.requests.clear()
     assert weightctl("pull", "org/name", "--to", there, "--json").result["fetched_bytes"] == 0
     assert minilm_hub.fetched() == {}
+    assert weightctl("verify", there).stderr.startswith("done: 13 files")
+    models.flip_bit(there / WEIGHTS)
+    models.flip_bit(there / "vocab.txt")
+    failed(weightctl("verify", there), 3, f"{WEIGHTS} is damaged", "vocab.txt is damaged")
 
 
 def test_a_killed_pull_goes_on_where_it_was(minilm_hub: Hub, minilm: Path, home: Path) -> None:
@@ -245,10 +250,12 @@ def test_a_token_opens_what_it_may_and_is_never_shown(hub: Hub, home: Path) -> N
         assert "hf_" not in outcome.stdout + outcome.stderr
 
 
-def test_what_is_not_there(hub: Hub) -> None:
+def test_what_is_not_there(hub: Hub, home: Path) -> None:
     hub.add("org/name", SMALL)
     hub.add("org/empty", {})
     failed(weightctl("pull", "org/missing"), 1, "org/missing", "check the name")
+    (home / "org" / "missing").mkdir(parents=True)
+    failed(weightctl("pull", "org/missing", cwd=home), 1, "a directory is written as a path: ./org/missing")
     failed(weightctl("pull", "org/name@nope"), 1, "'nope'", "check the branch, tag or commit")
     failed(weightctl("pull", "org/name", "--revision", "0" * 40), 1, "0" * 40)
     failed(weightctl("pull", "org/empty"), 2, "no files in org/empty", "empty")

@@ -28,6 +28,12 @@ def test_what_is_whole_exits_0(pushed: Path, tmp_path: Path) -> None:
     assert (result["verified"], result["problems"]) == (True, [])
 
 
+def test_a_plain_directory_says_that_there_is_little_to_compare(tmp_path: Path) -> None:
+    done = weightctl("verify", models.write_model(tmp_path / "m"))
+    assert done.code == 0
+    assert "note: nothing says what 8 of 8 files should hold" in done.stderr
+
+
 def test_what_is_harmed_exits_3_and_is_named_also_as_json(pushed: Path, tmp_path: Path) -> None:
     models.flip_bit(pushed / "model-00002-of-00002.safetensors")
     (pushed / "config.json").unlink()

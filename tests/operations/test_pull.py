@@ -45,6 +45,7 @@ def test_a_directory_is_here_already(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     result = pull(str(tmp_path), **SILENT)
     assert (result.model, result.commit, result.path, result.fetched_bytes) == (tmp_path.name, None, tmp_path, 0)
+    assert not result.verified  # there is nothing to compare its bytes with
 
 
 def test_two_revisions_and_revisions_of_a_directory(tmp_path: Path) -> None:

@@ -17,8 +17,7 @@ def config(json: options.Json = False) -> None:
             "allowed": setting.metadata["allowed"],
             "meaning": setting.metadata["meaning"],
         }
-        for setting in dataclasses.fields(Config)
-        for value, origin in [resolve()[setting.name]]
+        for setting, (value, origin) in zip(dataclasses.fields(Config), resolve().values(), strict=True)
     }
     if json:
         return ui.show_json(settings)

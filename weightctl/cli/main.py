@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -91,4 +93,6 @@ app.command()(config.config)
 
 def main() -> None:
     """Run the command line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not so if it is closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: any name can be printed anywhere
     app()

@@ -42,5 +42,5 @@ def pull(
         result = run(model, revision=revision, to=to, **wanted, config=config, progress=progress)
     fetched = f"{ui.size(result.fetched_bytes)} fetched" if result.fetched_bytes else "nothing to fetch"
     files = f"{ui.count(result.files, 'file')}, {ui.size(result.bytes)}"
-    done = f"{files}, {fetched}, verified in {ui.seconds(result.seconds)}"
+    done = f"{files}, {fetched}, {'verified' if result.verified else 'read'} in {ui.seconds(result.seconds)}"
     return ui.show_result(result, json, result.path, done)

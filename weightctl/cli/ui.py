@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightctl.errors import WeightctlError
+from weightctl.errors import WeightctlError, translated_os_errors
 from weightctl.progress import Progress, Task
 from weightctl.units import count as count
 from weightctl.units import seconds as seconds
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 def show_json(result: object) -> None:
     """Print exactly one JSON object (or list): the operation's result."""
-    print(json.dumps(result, default=_plain, indent=2))
+    show(json.dumps(result, default=_plain, indent=2))
 
 
 def _plain(value: Any) -> Any:
@@ -49,16 +50,29 @@ def _show(result: object, as_json: bool, answer: object, label: str, summary: st
     else:
         _print_stderr(label, "bold green", summary)
         if answer is not None:
-            print(answer)
+            show(str(answer))
 
 
 def show(text: str) -> None:
     """Print a line of the result."""
-    print(text)
+    with _stdout():
+        print(text, flush=True)
+
+
+@contextmanager
+def _stdout() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # whoever reads has seen enough: typer ends in silence
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else what is left is tried again at the end
+        with translated_os_errors("print the result"):
+            raise error
 
 
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a plain table that fits the terminal."""
+    """Print a plain table that fits the terminal, if it is one."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -68,7 +82,10 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    Console(highlight=False).print(table)
+    # A file or a pipe has no width at which to fold.
+    width = None if sys.stdout is None or sys.stdout.isatty() or "COLUMNS" in os.environ else 1000
+    with _stdout():
+        Console(highlight=False, width=width).print(table)
 
 
 def show_error(error: WeightctlError) -> None:
@@ -131,7 +148,7 @@ def progress() -> Iterator[Progress]:
     columns = (
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    bars = Bars(*columns, console=console, disable=not sys.stderr.isatty(), transient=True)
+    bars = Bars(*columns, console=console, disable=not console.file.isatty(), transient=True)
     try:
         yield RichProgress(bars)
     finally:

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weightctl.checkpoint import read_checkpoint, read_safetensors_header
-from weightctl.config import Config
+from weightctl.config import Config, expanded
 from weightctl.digests import Check, DigestCache, check_against, hash_files
-from weightctl.errors import IntegrityError, UsageError
+from weightctl.errors import IntegrityError, UsageError, translated_os_errors
 from weightctl.images import Images, images
 from weightctl.loaders.tensorizer import check_tensorizer
 from weightctl.model import Reference, Snapshot
 from weightctl.operations import resolve
 from weightctl.progress import Progress
-from weightctl.sources.directory import read_directory
+from weightctl.sources.directory import as_downloaded, read_directory
 from weightctl.volumes import volumes
 
 
@@ -38,9 +38,10 @@ def verify(target: str, against: str | None = None, *, config: Config, progress:
 
     An image is an OCI layout (`[layout:]DIR`), an archive (`[archive:]FILE`) or in a registry (`[registry:]NAME:TAG`).
 
-    What is compared: in the Hub's cache, each file with its name, which is its hash; anywhere, the headers of
-    safetensors files; in a volume, each file with what was pushed; in an image, digests, sizes and diffIDs; in a
-    Tensorizer file, each tensor with the hash beside it; with `against`, an image's files with that model's.
+    What is compared: in the Hub's cache, each file with its name, which is its hash; in a directory that a Hub model
+    was pulled to, with the hash that was written down there; in a volume, each file with what was pushed; in an image,
+    digests, sizes and diffIDs; in a Tensorizer file, each tensor with the hash beside it; anywhere, the headers of
+    safetensors files; with `against`, an image's files with that model's.
     Raises UsageError if there is nothing to verify.
     """
     began = time.monotonic()
@@ -59,12 +60,13 @@ def _image(target: str) -> Images | None:
     kind, _, location = target.partition(":")
     if kind in ("archive", "layout", "registry"):
         return images.get(kind)(location)
-    path = Path(target).expanduser()
-    if (path / "oci-layout").is_file():
-        return images.get("layout")(target)
-    if path.is_file() and tarfile.is_tarfile(path):
-        return images.get("archive")(target)
-    return images.get("registry")(target) if location and kind != "volume" and not path.exists() else None
+    path = expanded(target)
+    with translated_os_errors(f"read {path}"):
+        if (path / "oci-layout").is_file():
+            return images.get("layout")(target)
+        if path.is_file() and tarfile.is_tarfile(path):
+            return images.get("archive")(target)
+        return images.get("registry")(target) if location and kind != "volume" and not path.exists() else None
 
 
 def _hashed(model: str, config: Config, progress: Progress) -> Snapshot:
@@ -78,7 +80,7 @@ def _check(target: str, config: Config, progress: Progress) -> Check:
         reference = Reference.parse(target)
         volume = volumes.get("directory")(Path(reference.location))
         return volume.check(str(reference.name), reference.revision or "latest", config=config, progress=progress)
-    path = Path(target).expanduser()
+    path = expanded(target)
     if path.is_file():
         return check_tensorizer(path, progress=progress)
     if path.is_dir():
@@ -89,10 +91,13 @@ def _check(target: str, config: Config, progress: Progress) -> Check:
 
 def _check_directory(path: Path, config: Config, progress: Progress) -> Check:
     try:
-        snapshot = read_directory(path)
+        snapshot = as_downloaded(read_directory(path))
     except IntegrityError as error:
         return Check(0, 0, (error.message,))
     found = check_against(snapshot.files, config.workers, progress)
+    if unknown := sum(not file.has_digest for file in snapshot.files):
+        files = f"{unknown} of {len(snapshot.files)} files"
+        progress.note(f"nothing says what {files} should hold: they were read, and safetensors headers checked")
     return dataclasses.replace(found, problems=(*found.problems, *_header_problems(snapshot)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import stat
@@ -17,6 +18,9 @@ from weightctl.sources.base import Plan, Source, sources
 
 NOT_THE_MODEL = (".git", ".cache/huggingface")
 """Directories in which other tools keep their own records beside a model's files."""
+
+_HUB_RECORDS = ".cache/huggingface/download"
+"""Below a directory that huggingface_hub downloaded into: beside each file's name, the hash that the Hub listed."""
 
 _HEX = re.compile(r"[0-9a-f]+")
 
@@ -85,6 +89,25 @@ def read_directory(root: Path, include: Sequence[str] = (), exclude: Sequence[st
     return Snapshot(root.resolve().name or "model", real, files)
 
 
+def as_downloaded(snapshot: Snapshot) -> Snapshot:
+    """The same files, with the digests that the Hub listed of those that were pulled into this directory."""
+    return snapshot.replace_files([_as_recorded(snapshot.root, file) for file in snapshot.files])
+
+
+def _as_recorded(root: Path, file: File) -> File:
+    try:
+        _, etag, _ = (root / _HUB_RECORDS / f"{file.path}.metadata").read_text().split("\n", 2)
+    except (OSError, ValueError):
+        return file
+    return dataclasses.replace(file, **_digest_called(etag))  # type: ignore[arg-type]
+
+
+def _digest_called(name: str) -> dict[str, str]:
+    """The Hub calls a large file by its SHA-256 and a small one by its git blob id."""
+    kind = {64: "sha256", 40: "git_id"}.get(len(name))
+    return {kind: name} if kind and _HEX.fullmatch(name) else {}
+
+
 def _hub_cache_entry(root: Path) -> tuple[Path, str, str] | None:
     """Repository folder, repo_id and commit, if `root` is `…/models--org--name/snapshots/COMMIT`."""
     repository = root.parent.parent
@@ -123,10 +146,9 @@ def _resolve(link: Path, inside: Sequence[Path]) -> Path:
 
 
 def _hub_digests(path: Path, inside: Sequence[Path]) -> dict[str, str]:
-    """The Hub's cache names the blob of a large file by its SHA-256 and of a small one by its git blob id."""
+    """What the name of its blob says, in the Hub's cache."""
     if len(inside) > 1 and path.is_symlink():
         blob = Path(os.path.normpath(path.parent / path.readlink()))
-        kind = {64: "sha256", 40: "git_id"}.get(len(blob.name))
-        if blob.parent == inside[1] and kind and _HEX.fullmatch(blob.name):
-            return {kind: blob.name}
+        if blob.parent == inside[1]:
+            return _digest_called(blob.name)
     return {}

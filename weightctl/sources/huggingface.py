@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import weightctl
 from weightctl import storage
-from weightctl.config import Config
+from weightctl.config import Config, expanded
 from weightctl.digests import DigestCache, check_files
 from weightctl.errors import IntegrityError, UsageError, WeightctlError, translated_os_errors
 from weightctl.model import File, Reference, Snapshot, check_path, matches
@@ -114,7 +114,7 @@ class HuggingFaceSource(Source):
                     revision=snapshot.commit,
                     library_name="weightctl",
                     library_version=weightctl.__version__,
-                    cache_dir=config.cache_dir,
+                    cache_dir=_cache(config),
                     local_dir=to,
                     # Exact names, in which glob's own characters stand for themselves.
                     allow_patterns=["".join(f"[{c}]" if c in "*?[" else c for c in f.path) for f in absent],
@@ -131,7 +131,7 @@ class HuggingFaceSource(Source):
 def _cache(config: Config) -> Path:
     from huggingface_hub import constants
 
-    return (config.cache_dir or Path(constants.HF_HUB_CACHE)).expanduser().resolve()
+    return (config.cache_dir or expanded(constants.HF_HUB_CACHE)).resolve()
 
 
 def _repository_directory(repo_id: str, config: Config) -> Path:
@@ -199,7 +199,7 @@ def _plan_from_cache(
         path = snapshot_download(
             reference.location,
             revision=reference.revision,
-            cache_dir=config.cache_dir,
+            cache_dir=_cache(config),
             allow_patterns=list(include) or None,
             ignore_patterns=list(exclude) or None,
             local_files_only=True,
@@ -233,6 +233,8 @@ def _translated_errors(model: Reference | Snapshot) -> Iterator[None]:
         raise WeightctlError(message, "check the branch, tag or commit") from error
     except errors.RepositoryNotFoundError as error:
         hint = f"check the name; if the repository is private, {login}"
+        if Path(str(repo_id)).exists():
+            hint = f"a directory is written as a path: ./{repo_id}"
         raise WeightctlError(f"the Hub has no model {repo_id!r}, or this account may not see it", hint) from error
     except errors.HFValidationError as error:
         raise UsageError(f"not a model of the Hub: {repo_id!r}", "write org/name[@revision]") from error
@@ -245,9 +247,10 @@ def _translated_errors(model: Reference | Snapshot) -> Iterator[None]:
     except (http_error, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
         offline = isinstance(error, errors.OfflineModeIsEnabled)
         reason = "HF_HUB_OFFLINE is set" if offline else f"the connection failed: {error or type(error).__name__}"
+        hint = "check the network (and HF_ENDPOINT, if set); what was finished is kept, so run this again to go on"
         raise _UnreachableError(
             f"the Hub cannot be reached for {repo_id}: {str(reason).splitlines()[0]}",
-            "check the network (and HF_ENDPOINT, if set); what was finished is kept, so run this again to go on",
+            "it is not all in the cache: pull it once without HF_HUB_OFFLINE" if offline else hint,
         ) from error
     except OSError as error:
         with translated_os_errors(f"download {repo_id}"):
