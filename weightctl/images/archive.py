@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from weightctl import storage
-from weightctl.config import Config
+from weightctl.config import Config, expanded
 from weightctl.digests import Check
 from weightctl.errors import IntegrityError, UsageError, translated_os_errors
 from weightctl.images.base import Baked, Images, Preview, describe, images, space_problems
@@ -41,7 +41,7 @@ class ArchiveImages(Images):
     summary = "a tar for docker load, podman load and ctr images import: --to archive:FILE"
 
     def __init__(self, location: str) -> None:
-        self.path = Path(location).expanduser().absolute()
+        self.path = expanded(location).absolute()
         if not location or self.path.is_dir():
             raise UsageError(f"--to archive:{location} names no file", "write --to archive:FILE")
 

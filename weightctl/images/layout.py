@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from weightctl import storage
-from weightctl.config import Config
+from weightctl.config import Config, expanded
 from weightctl.digests import Check, DigestCache, check_against, check_files
 from weightctl.errors import IntegrityError, UsageError, translated_os_errors
 from weightctl.images.base import Baked, Images, Preview, describe, images
@@ -50,7 +50,7 @@ class LayoutImages(Images):
     def __init__(self, location: str) -> None:
         if not location:
             raise UsageError("--to layout: needs a directory", "write --to layout:DIR")
-        self.path = Path(location).expanduser().absolute()
+        self.path = expanded(location).absolute()
         self._blobs = self.path / "blobs" / "sha256"
         self._staging = self.path / ".weightctl"
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from weightctl import storage
-from weightctl.config import Config
+from weightctl.config import Config, expanded
 from weightctl.digests import Check, DigestCache, Identity, check_against, check_files, hash_files
 from weightctl.errors import IntegrityError, UsageError, WeightctlError, translated_os_errors
 from weightctl.model import File, Snapshot, check_name
@@ -45,7 +45,7 @@ class DirectoryVolume(Volume):
     summary = "a mounted directory"
 
     def __init__(self, path: Path | str) -> None:
-        path = Path(path).expanduser()
+        path = expanded(path)
         if not path.is_dir():
             what = "is not a directory" if path.exists() else "does not exist"
             raise UsageError(f"the volume {path} {what}", "mount it, or create the directory, first")
