@@ -1,4 +1,4 @@
-"""Every engine that speaks Docker's API: Docker's own, podman, and the one that TEST_DOCKER_HOST names, if any."""
+"""Every engine that speaks Docker's API: Docker's own, podman, and those that TEST_DOCKER_HOST names, if any."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from tests import models
 from tests.benchmarks.bake_to_engine import Relay
 from tests.command import weightctl
 from tests.images.conformance import plan
-from tests.services import docker_engine, podman_engine, tool
+from tests.services import docker_engine, docker_registry, podman_engine, tool
 from weightctl.config import Config
 from weightctl.errors import IntegrityError
-from weightctl.images import Baked, DockerImages, docker
+from weightctl.images import Baked, DockerImages, engine_load
 from weightctl.images.oci import ImageName
 from weightctl.operations.base import open_base
 from weightctl.progress import Progress
 
-GIVEN = os.environ.get("TEST_DOCKER_HOST")
+STARTED = {"docker": docker_engine, "podman": podman_engine}
+GIVEN = os.environ.get("TEST_DOCKER_HOST", "").split()
 
 
-@pytest.fixture(scope="module", params=["docker", "podman", *(["given"] if GIVEN else [])])
+@pytest.fixture(scope="module", params=[*STARTED, *GIVEN])
 def engine(request: pytest.FixtureRequest) -> Iterator[str]:
-    engines = {"docker": docker_engine, "podman": podman_engine, "given": lambda: nullcontext(str(GIVEN))}
-    with engines[request.param]() as host:
+    with STARTED.get(request.param, lambda: nullcontext(request.param))() as host:
         yield host
 
 
@@ -97,6 +97,31 @@ def test_a_changed_shard_changes_the_image(name: str, model: Path, tmp_path: Pat
     assert saved(f"{name}:v2", tmp_path) == files_of(model)
 
 
+@pytest.mark.parametrize("compression", ["zstd", "gzip"])
+def test_layers_are_packed_where_they_stay_so(name: str, model: Path, tmp_path: Path, compression: str) -> None:
+    packed = ("--compression", compression)
+    outcome = weightctl("bake", model, "--tag", f"{name}:v1", "--to", "docker", *packed)
+    if "containerd" not in tool("docker", "info", "--format", "{{.DriverStatus}}"):
+        assert outcome.code == 2
+        assert "keeps layers unpacked" in outcome.stderr
+        assert name not in tool("docker", "images")
+        return
+    assert outcome.code == 0, outcome.stderr
+    models.flip_bit(model / "model-00002-of-00002.safetensors")
+    again = weightctl("bake", model, "--tag", f"{name}:v1", "--to", "docker", *packed, "--json")
+    assert [layer["reused"] for layer in again.result["layers"]] == [True, False, False]
+    with docker_registry(tmp_path) as host:
+        tool("docker", "tag", f"{name}:v1", f"{host}/m:v1")
+        tool("docker", "push", f"{host}/m:v1")
+        tool("docker", "image", "rm", f"{host}/m:v1")
+        there = weightctl("verify", f"registry:{host}/m:v1", "--against", model)
+        assert there.code == 0, there.stderr
+        with ExitStack() as scratch:
+            image = open_base(f"registry:{host}/m:v1", None, "registry", scratch, config=Config())
+    assert image is not None
+    assert [layer.blob.digest for layer in image.layers] == [layer["digest"] for layer in again.result["layers"]]
+
+
 @pytest.mark.parametrize("spec", ["{}:base", "docker:{}:base"])
 def test_an_image_there_lies_below(name: str, model: Path, tmp_path: Path, spec: str) -> None:
     with tarfile.open(tmp_path / "base.tar", "w") as archive:
@@ -114,19 +139,17 @@ def test_an_image_there_lies_below(name: str, model: Path, tmp_path: Path, spec:
 
 
 MIB = 1 << 20
-CONTAINERD = "containerd"
-"""Docker's image store of that name keeps nothing of a bake that is not finished."""
 IN_STEPS_OF_A_MIB = """
 import sys
-from weightctl.images import docker
-docker.STEP_BYTES = 1 << 20
+from weightctl.images import engine_load
+engine_load.STEP_BYTES = 1 << 20
 from weightctl.cli.main import main
 main()
 """
 
 
 def unfinished() -> set[str]:
-    return set(tool("docker", "images", "--quiet", "--filter", f"label={docker.UNFINISHED}").split())
+    return set(tool("docker", "images", "--quiet", "--filter", f"label={engine_load.UNFINISHED}").split())
 
 
 @pytest.mark.parametrize("after", [1.5, 6.5])
@@ -147,7 +170,7 @@ def test_a_killed_bake_is_gone_on_with(engine: str, name: str, tmp_path: Path, a
             killed.wait()
         relay.hold_after, sent = 0, relay.sent
         relay.go_on.set()
-        kept = 0 if CONTAINERD in tool("docker", "info", "--format", "{{.DriverStatus}}") else after // 2
+        kept = after // 2
         assert len(unfinished()) == kept
         done = subprocess.run(command, env={**os.environ, "DOCKER_HOST": relay.host}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -159,18 +182,16 @@ def test_a_killed_bake_is_gone_on_with(engine: str, name: str, tmp_path: Path, a
 
 
 def test_what_a_bake_left_is_kept_for_a_day(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if CONTAINERD in tool("docker", "info", "--format", "{{.DriverStatus}}"):
-        pytest.skip("nothing is left there")
     data = {f"model-{number}.safetensors": secrets.token_bytes(2 * MIB) for number in range(3)}
     snapshot = models.write_hub_cache(tmp_path / "hub", data)
     models.flip_bit((snapshot / "model-2.safetensors").resolve())
-    monkeypatch.setattr(docker, "STEP_BYTES", MIB)
+    monkeypatch.setattr(engine_load, "STEP_BYTES", MIB)
     with pytest.raises(IntegrityError, match="damaged"):
         DockerImages().bake(plan(snapshot), ImageName.parse(f"{name}:v1"), config=Config(), progress=Progress())
     first, _ = left = unfinished()
     bake(models.write_model(tmp_path / "other", seed=secrets.randbits(60)), f"{name}:v2")
     assert unfinished() == left
     tool("docker", "tag", first, f"{name}:v1")
-    monkeypatch.setattr(docker, "UNFINISHED_SECONDS", -1)
+    monkeypatch.setattr(engine_load, "UNFINISHED_SECONDS", -1)
     bake(models.write_model(tmp_path / "another", seed=secrets.randbits(60)), f"{name}:v2")
     assert unfinished() == {first}

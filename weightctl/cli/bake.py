@@ -43,7 +43,7 @@ def bake(
         typer.Option(metavar="OS/ARCH", help="[default: the base's, or linux/amd64].", show_default=False),
     ] = None,
     compression: Annotated[
-        str, typer.Option(metavar="KIND", help="none, zstd or gzip, for a layout, an archive or a registry.")
+        str, typer.Option(metavar="KIND", help="none, zstd or gzip: not for engines that keep layers unpacked.")
     ] = "none",
     created: Annotated[
         str | None,

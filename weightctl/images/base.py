@@ -74,6 +74,9 @@ class Images(Backend, ABC):
     def __init__(self, location: str) -> None:
         """`location` is what follows the backend's name in `--to`."""
 
+    def check_compression(self, compression: str) -> None:
+        """Raise UsageError if layers that are packed so make no sense there. Unless a backend says so, they do."""
+
     @abstractmethod
     def preview(self, plan: ImagePlan, name: ImageName, *, config: Config) -> Preview:
         """What `bake` would meet. Moves nothing."""

@@ -102,16 +102,16 @@ class BaseImage:
     """The registry's repository that holds its blobs, from which the same registry can mount them."""
 
 
-def index_entry(manifest: Descriptor, name: ImageName, platform: str) -> dict[str, Any]:
-    """How an index lists an image, so that containerd finds it by its name and skopeo by its tag."""
+def index_entry(manifest: Descriptor, name: ImageName | None, platform: str) -> dict[str, Any]:
+    """How an index lists an image, so that containerd finds it by its name, if it has one, and skopeo by its tag."""
     os_name, architecture, *variant = platform.split("/")
     return {
         **manifest.to_json(),
         "platform": {"os": os_name, "architecture": architecture, **({"variant": variant[0]} if variant else {})},
-        "annotations": {NAME_ANNOTATION: name.canonical, TAG_ANNOTATION: name.tag},
+        **({"annotations": {NAME_ANNOTATION: name.canonical, TAG_ANNOTATION: name.tag}} if name else {}),
     }
 
 
-def image_index(manifest: Descriptor, name: ImageName, platform: str) -> dict[str, Any]:
+def image_index(manifest: Descriptor, name: ImageName | None, platform: str) -> dict[str, Any]:
     """The index of a layout that holds one image."""
     return {"schemaVersion": 2, "mediaType": INDEX, "manifests": [index_entry(manifest, name, platform)]}

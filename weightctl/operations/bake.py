@@ -178,12 +178,9 @@ def _checked(recipe: Recipe, progress: Progress) -> tuple[ImageName, str, Images
     name = ImageName.parse(recipe.tag)
     to = recipe.to or _default_target(name, progress)
     backend, _, location = to.partition(":")
-    if backend == "docker" and recipe.compression != "none":
-        raise UsageError(
-            "an engine keeps layers unpacked: compressing them on the way only takes time",
-            "leave out --compression (Docker before 23 cannot read zstd at all)",
-        )
-    return name, to, images.get(backend)(location)
+    target = images.get(backend)(location)
+    target.check_compression(recipe.compression)
+    return name, to, target
 
 
 def _default_target(name: ImageName, progress: Progress) -> str:
