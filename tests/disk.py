@@ -54,6 +54,13 @@ MAKE = {
     "exfat": ["mkfs.exfat"],
     "ntfs": ["mkfs.ntfs", "-q", "-F"],
 }
+SSHFS = """
+printf '#!/bin/sh\nexec /usr/lib/openssh/sftp-server\n' >"$0.ssh"
+chmod +x "$0.ssh"
+sshfs -o ssh_command="$0.ssh" :"$0" "$1"
+"""
+"""The server's half of sshfs without a host, a port or a key."""
+
 MOUNT = {
     "ext4": ["mount", "-o", "loop"],
     "xfs": ["mount", "-o", "loop"],
@@ -61,8 +68,10 @@ MOUNT = {
     "exfat": ["mount", "-o", "loop", "-t", "exfat-fuse"],  # no links, no modes, no upper case
     "ntfs": ["ntfs-3g"],
     "bindfs": ["bindfs"],
+    "overlay": ["sh", "-c", 'cd "$0" && mkdir l u w && mount -t overlay -o lowerdir=l,upperdir=u,workdir=w none "$1"'],
+    "sshfs": ["sh", "-c", SSHFS],
     # Without links either. What rclone has yet to write back cannot be read after its directory was renamed.
-    "rclone": ["rclone", "mount", "--daemon", "--vfs-cache-mode=writes", "--vfs-write-back=0s", "--config=/dev/null"],
+    "rclone": ["rclone", "mount", "--daemon", "--vfs-cache-mode=writes", "--vfs-write-back=1s", "--config=/dev/null"],
 }
 
 
@@ -95,6 +104,13 @@ def mounted(kind: str, directory: Path, *, below: Path | None = None, image: Pat
         yield directory
     finally:
         subprocess.run(["umount", "--lazy", directory], check=True)
+
+
+@contextlib.contextmanager
+def in_memory() -> Iterator[Path]:
+    """A directory in memory, where it can be: a killed process loses nothing there either, and no test waits for it."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as name:
+        yield Path(name)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -44,6 +45,14 @@ def write_model(directory: Path, shards: int = 2, size: int = SHARD_BYTES, seed:
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+    return directory
+
+
+def write_sparse_model(directory: Path, size: int) -> Path:
+    """A model of one file of zeros, which takes no room."""
+    directory.mkdir(parents=True)
+    with (directory / "model.bin").open("wb") as stream:
+        stream.truncate(size)
     return directory
 
 
@@ -114,6 +123,13 @@ def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.002)
+
+
+def stop_at(process: subprocess.Popen[str], directory: Path, size: int) -> None:
+    """Stop the process (SIGSTOP) when it has written that many bytes below the directory."""
+    wait_for(lambda: bytes_in(directory) >= size)
+    process.send_signal(signal.SIGSTOP)
+    assert process.poll() is None
 
 
 def kill_at(process: subprocess.Popen[str], directory: Path, size: int) -> None:

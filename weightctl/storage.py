@@ -232,14 +232,16 @@ def staged_file(directory: Path) -> Iterator[StagedFile]:
 
 
 @contextlib.contextmanager
-def atomic_write(destination: Path, staging: Path | None = None) -> Iterator[BinaryIO]:
+def atomic_write(destination: Path, staging: Path | None = None, mode: int | None = None) -> Iterator[BinaryIO]:
     """Open an unbuffered file that gets the name `destination` when the block ends, complete and durable.
 
     Until then it lies in `staging` (the destination's own directory unless given). If the block raises, it is removed
-    and an earlier `destination` stays as it was.
+    and an earlier `destination` stays as it was. It has `mode`, if given, and else what the umask allows.
     """
     with staged_file(staging or destination.parent) as staged:
         yield staged.stream
+        if mode is not None:
+            set_mode(staged.path, mode)
         staged.publish(destination)
 
 

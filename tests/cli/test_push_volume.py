@@ -98,11 +98,7 @@ def test_damage_exits_3(model: Path, volume: Path, tmp_path: Path) -> None:
 
 
 def test_an_interrupt_stops_in_the_middle_of_a_file(volume: Path, tmp_path: Path) -> None:
-    model = tmp_path / "m"
-    model.mkdir()
-    with (model / "model.safetensors").open("wb") as stream:
-        stream.truncate(4 << 30)  # sparse: it would go on for seconds
-    process = start("push-volume", model, volume)
+    process = start("push-volume", models.write_sparse_model(tmp_path / "m", 4 << 30), volume)
     try:
         models.wait_for(lambda: models.bytes_in(volume / ".weightctl") > 20 << 20)
         process.send_signal(signal.SIGINT)
@@ -126,16 +122,16 @@ def test_keep_removes_old_versions(model: Path, volume: Path) -> None:
 
 
 def test_a_second_push_says_that_it_waits(volume: Path, tmp_path: Path) -> None:
-    model = tmp_path / "m"
-    model.mkdir()
-    with (model / "model.safetensors").open("wb") as stream:
-        stream.truncate(2 << 30)
+    model = models.write_sparse_model(tmp_path / "m", 256 << 20)
     first = start("push-volume", model, volume)
-    models.wait_for(lambda: models.bytes_in(volume / ".weightctl") > 8 << 20)
-    second = weightctl("push-volume", model, volume)
-    assert first.communicate()[0] == second.stdout
-    assert "another process is pushing the same" in second.stderr
-    assert "nothing to copy" in second.stderr
+    models.stop_at(first, volume / ".weightctl" / "staging", 8 << 20)
+    second = start("push-volume", model, volume)
+    assert second.stderr
+    assert "another process is pushing the same" in second.stderr.readline()
+    first.send_signal(signal.SIGCONT)
+    stdout, stderr = second.communicate(timeout=60)
+    assert first.communicate()[0] == stdout
+    assert "nothing to copy" in stderr
 
 
 def test_a_home_directory_in_a_volumes_name(model: Path, home: Path) -> None:

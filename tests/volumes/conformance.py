@@ -77,7 +77,9 @@ class VolumeConformance(ABC):
         assert models.contents(volume.resolve("m")) == models.contents(model)
         assert models.contents(volume.resolve("m/org")) == models.contents(other)
 
-    @pytest.mark.parametrize("name", ["latest", "..", ".", "", "a/b/c", "/a", "a/", "../a", "org/latest", ".weightctl"])
+    @pytest.mark.parametrize(
+        "name", ["latest", "..", ".", "", "a/b/c", "/a", "a/", "../a", "org/latest", ".weightctl", "m/0123456789abcdef"]
+    )
     def test_what_is_no_name(self, volume: Volume, model: Path, name: str) -> None:
         with pytest.raises(UsageError, match="not a model name") as caught:
             self.publish(volume, model, name)

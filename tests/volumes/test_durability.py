@@ -10,7 +10,6 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from typing import Any
 import pytest
 
 from tests import models
-from tests.disk import fork, small_disk
+from tests.disk import fork, in_memory, small_disk
 from weightctl import storage
 from weightctl.config import Config
 from weightctl.errors import WeightctlError
@@ -34,9 +33,11 @@ STEPS = ("open", "mkdir", "pwrite", "fsync", "rename", "symlink", "link", "unlin
 
 
 @pytest.fixture
-def volume(tmp_path: Path) -> Path:
-    (tmp_path / "volume").mkdir()
-    return tmp_path / "volume"
+def volume(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    with in_memory() as memory:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(memory / "cache"))
+        (memory / "volume").mkdir()
+        yield memory / "volume"
 
 
 def publish(volume: Path, model: Path) -> Published:
@@ -307,17 +308,9 @@ def write_generation(model: Path, number: int, shards: int = 4, size: int = 200_
     return model
 
 
-@pytest.fixture
-def memory() -> Iterator[Path]:
-    """A volume in memory where there is one: a killed process loses nothing there either, and no test waits for it."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as directory:
-        yield Path(directory)
-
-
-def test_two_hundred_kills(memory: Path, tmp_path: Path) -> None:
+def test_two_hundred_kills(volume: Path, tmp_path: Path) -> None:
     """SIGKILL at random moments of a push, while readers poll and hash; each time a second push completes."""
     random.seed(4)
-    volume = memory
     model = write_generation(tmp_path / "m", 0)
     publish(volume, model)
     readers = [

@@ -136,6 +136,20 @@ def test_a_disk_that_is_smaller_than_it_says(model: Path, tmp_path: Path) -> Non
         assert problems(volume) == ()
 
 
+def test_a_version_that_somebody_has_open_is_pruned(model: Path, tmp_path: Path) -> None:
+    """FUSE and NFS keep an open file under another name in its directory, which can then not be removed."""
+    with mounted("bindfs", tmp_path / "volume") as volume:
+        first = publish(volume, model)
+        (model / "config.json").write_text("changed")
+        publish(volume, model)
+        there = DirectoryVolume(volume)
+        with (first.path / "config.json").open("rb") as opened:
+            assert len(there.prune(keep=1, progress=Progress()).removed) == 1
+            assert opened.read() == b'{"seed": 0}'
+        there.prune(progress=Progress())
+        assert list((volume / ".weightctl" / "staging").iterdir()) == []
+
+
 # Two hosts.
 
 

@@ -159,3 +159,4 @@ def test_a_holder_beats(lease: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         age(lease, 1000)
         models.wait_for(lambda: time.time() - lease.stat().st_mtime < 500)
         assert not can_be_had(lease)
+        assert leases.owner_of(lease)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from weightctl.errors import WeightctlError
+
 SUFFIX = ".lease"
 
 HEARTBEAT_SECONDS = 10.0
@@ -30,6 +32,9 @@ SETTLE_SECONDS = 1.0
 """Two who take over a silent lease on two hosts both write their names; after so long, the last one stands."""
 
 POLL_SECONDS = 0.1
+
+OWNER_BYTES = 512
+"""A lease's length: its owner, and spaces."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ def _acquire(path: Path) -> int | None:
             owner = Owner(
                 socket.gethostname(), os.getpid(), _mount(descriptor), _keeps_others_out(path), secrets.token_hex(8)
             )
-            os.pwrite(descriptor, json.dumps(vars(owner)).encode().ljust(512), 0)
+            os.pwrite(descriptor, json.dumps(vars(owner)).encode().ljust(OWNER_BYTES), 0)
             if contested:
                 time.sleep(SETTLE_SECONDS)
                 free = _is_at(descriptor, path) and _read(descriptor) == owner
@@ -139,7 +144,14 @@ def _lock(descriptor: int) -> bool | None:
 
 def _keeps_others_out(path: Path) -> bool:
     """Whether our lock on `path` is seen through another descriptor: some filesystems grant every lock."""
-    with path.open("rb") as stream:
+    try:
+        stream = path.open("rb")
+    except FileNotFoundError as error:
+        raise WeightctlError(
+            f"{path} was created, but cannot be opened while it is written to",
+            "is the volume still mounted? It takes random access: of rclone mount, --vfs-cache-mode writes",
+        ) from error
+    with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -183,7 +195,7 @@ def _now(directory: Path) -> float:
 
 def _read(descriptor: int) -> Owner | None:
     try:
-        return Owner(**json.loads(os.pread(descriptor, 512, 0)))
+        return Owner(**json.loads(os.pread(descriptor, OWNER_BYTES, 0)))
     except (TypeError, ValueError):
         return None
 
@@ -199,7 +211,10 @@ def _is_at(descriptor: int, path: Path) -> bool:
 def _beat(descriptor: int, over: threading.Event) -> None:
     while not over.wait(HEARTBEAT_SECONDS):
         with contextlib.suppress(OSError):  # a network that fails now may be back before we count as dead
-            os.utime(descriptor)
+            os.pwrite(
+                descriptor, b" ", OWNER_BYTES - 1
+            )  # sets the time by the volume's clock; utime may set it by ours
+            os.fsync(descriptor)
 
 
 def _mount(descriptor: int) -> str:

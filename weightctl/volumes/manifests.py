@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import os
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from weightctl import storage
-from weightctl.errors import IntegrityError, translated_os_errors
+from weightctl.errors import IntegrityError, WeightctlError, translated_os_errors
 from weightctl.model import File, check_path
 
 
@@ -31,7 +33,12 @@ class PublishedFile:
     @property
     def is_proven(self) -> bool:
         """Whether size and time say that nobody wrote to it since. A link to it changes neither."""
-        return self.is_there and self.file.source.lstat().st_mtime_ns == self.mtime_ns
+        status = _regular(self.file.source)
+        return status is not None and (status.st_size, status.st_mtime_ns) == (self.file.size, self.mtime_ns)
+
+    def at(self, place: Path) -> PublishedFile:
+        """The same, as it should be at another place."""
+        return dataclasses.replace(self, file=dataclasses.replace(self.file, source=place))
 
 
 class Manifests:
@@ -45,15 +52,29 @@ class Manifests:
         return self._root / name / f"{version}.json"
 
     def versions(self) -> list[tuple[str, str]]:
-        """Name and version of all that is published and still there."""
-        found = [
-            (path.parent.relative_to(self._root).as_posix(), path.stem) for path in sorted(self._root.rglob("*.json"))
-        ]
+        """Name and version of all that is published and still there. Raises WeightctlError if that cannot be read."""
+
+        def fail(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):
+                raise error
+
+        with translated_os_errors(f"read {self._root}"):
+            walk = [(Path(parent), files) for parent, _, files in os.walk(self._root, onerror=fail)]
+        found = sorted(
+            (parent.relative_to(self._root).as_posix(), file.removesuffix(".json"))
+            for parent, files in walk
+            for file in files
+            if file.endswith(".json")
+        )
         return [(name, version) for name, version in found if (self._volume / name / version).is_dir()]
 
     def read(self, name: str, version: str) -> tuple[PublishedFile, ...]:
         """The files of a version, each with its SHA-256. Raises IntegrityError if its manifest is none."""
         manifest, directory = self.path(name, version), self._volume / name / version
+        if not manifest.exists():
+            raise WeightctlError(
+                f"nobody knows what {directory} should hold: {manifest} is missing", "push the model again"
+            )
         with translated_os_errors(f"read {manifest}"):
             content = manifest.read_bytes()
         try:
@@ -80,21 +101,26 @@ class Manifests:
             }
             for file in files
         ]
-        with storage.atomic_write(manifest, scratch) as stream:
+        with storage.atomic_write(manifest, scratch, 0o644) as stream:
             content = json.dumps({"name": name, "version": version, "files": entries})
             storage.write_all(stream)(memoryview(content.encode()))
 
     def files(self) -> Iterator[PublishedFile]:
-        """Everything that is published in the volume. A damaged manifest offers nothing."""
+        """Everything that is published in the volume. A manifest that is damaged, or pruned now, offers nothing."""
         for name, version in self.versions():
-            with contextlib.suppress(IntegrityError):
+            with contextlib.suppress(WeightctlError):
                 yield from self.read(name, version)
 
 
 def has_size(path: Path, size: int) -> bool:
     """Whether a file (no link) of `size` bytes is at `path`."""
+    status = _regular(path)
+    return status is not None and status.st_size == size
+
+
+def _regular(path: Path) -> os.stat_result | None:
     try:
         status = path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return stat.S_ISREG(status.st_mode) and status.st_size == size
+    except OSError:  # whoever needs it is told why
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None

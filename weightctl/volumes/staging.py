@@ -25,7 +25,7 @@ class Staging:
         It is removed when the block ends well, and kept for the next one when it does not; where the disk is full,
         room is worth more to everybody than work half done.
         """
-        storage.make_directories(self._root)
+        storage.make_directories(self._root, 0o755)
         directory = self._root / key
         with leases.held(self._lease(key), on_wait=on_wait):
             directory.mkdir(exist_ok=True)
@@ -35,7 +35,7 @@ class Staging:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     shutil.rmtree(directory, ignore_errors=True)
                 raise
-            shutil.rmtree(directory)
+            _remove(directory)
 
     def sweep(self, prefixes: tuple[str, ...], *, dry_run: bool = False) -> int:
         """Remove the work whose key begins so and whose process is dead; how much there was."""
@@ -48,11 +48,26 @@ class Staging:
             return leases.owner_of(self._lease(key)) is None
         try:
             with leases.held(self._lease(key), wait=False):
-                with contextlib.suppress(NotADirectoryError, FileNotFoundError):
-                    shutil.rmtree(self._root / key)
-                return True
+                return _remove(self._root / key)
         except BlockingIOError:
             return False
 
     def _lease(self, key: str) -> Path:
         return self._root / f"{key}{leases.SUFFIX}"
+
+
+def _remove(directory: Path) -> bool:
+    """Remove work that is over; whether nothing is left of it.
+
+    On NFS and FUSE a file that somebody has open lives on there, under a name of theirs, until it is closed.
+    """
+    shutil.rmtree(directory, ignore_errors=True)
+    try:
+        shutil.rmtree(directory)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EBUSY):
+            raise
+        return False
+    return True

@@ -1,0 +1,187 @@
+"""A snapshot made a version of a model: put together out of sight, then published by one rename."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from weightctl import storage
+from weightctl.config import Config
+from weightctl.digests import DigestCache, Identity, check_files, hash_files
+from weightctl.errors import WeightctlError, translated_os_errors
+from weightctl.model import File, Snapshot
+from weightctl.progress import Progress
+from weightctl.volumes.base import Published
+from weightctl.volumes.gathering import gather
+from weightctl.volumes.manifests import PublishedFile, has_size
+from weightctl.volumes.mount import Mount, flat
+from weightctl.volumes.pruning import PRUNING
+
+VERSION_DIGITS = 16
+"""A version is so many hex digits of its snapshot's digest: equal models have equal versions everywhere."""
+
+STORING_SECONDS = 600.0
+"""How long a mount may take to store what it took, before `latest` moves."""
+
+VERSION = re.compile(f"[0-9a-f]{{{VERSION_DIGITS}}}")
+
+
+@dataclass(frozen=True)
+class Push:
+    """A push of a snapshot to a volume."""
+
+    mount: Mount
+    name: str
+    """The model's, on the volume."""
+    verify: bool
+    """Whether what is there already is read."""
+    config: Config
+    progress: Progress
+
+    def run(self, snapshot: Snapshot, downloads: Path | None) -> Published:
+        """See `Volume.publish`. What a push that died has copied is taken up again if it still equals the source."""
+        mount, flat_name = self.mount, flat(self.name)
+        mount.check()
+        mount.check_latest(self.name)
+        with mount.staging.work(f"{flat_name}@{_key(snapshot)}", self._tell) as work:
+            snapshot = self._identified(snapshot)
+            mount.staging.sweep((f"{flat_name}@", PRUNING))
+            staging = downloads or work / "files"
+            while True:
+                mount.check()
+                path = place(mount, snapshot, self.name)
+                there = path if path and path.is_dir() else None
+                missing = self._damaged(snapshot, there) if there else snapshot.files
+                staged, copied = gather(
+                    missing, staging, mount.manifests, verify=self.verify, config=self.config, progress=self.progress
+                )
+                new = {file.path: file for file in staged}
+                whole = snapshot.replace_files([new.get(file.path, file) for file in snapshot.files])
+                with mount.naming(self.name):
+                    mount.check()
+                    if there is None:
+                        path = self._place(whole, staging, work)
+                    elif there.is_dir():
+                        path = self._mend(whole, there, staged, staging, work)
+                    else:  # it was pruned meanwhile
+                        continue
+                    mount.manifests.path(self.name, path.name).touch()
+                    self._wait_until_readable(whole, path)
+                    mount.point_latest(path, work)
+                    return Published(path.name, path, copied, snapshot.bytes - copied)
+
+    def _tell(self) -> None:
+        self.progress.note(f"another process is pushing the same to {self.mount.path}: waiting for it")
+
+    def _identified(self, snapshot: Snapshot) -> Snapshot:
+        """SHA-256 where it is remembered, and where reading a file first may save writing it."""
+        snapshot = with_remembered_digests(snapshot)
+        if all(file.sha256 for file in snapshot.files):
+            return snapshot
+        sizes = {published.file.size for published in self.mount.manifests.files()}
+        unread = [file for file in snapshot.files if file.sha256 is None and file.size in sizes]
+        read = hash_files(unread, self.config.workers, DigestCache(), self.progress)
+        known = {file.path: file for file in read}
+        return snapshot.replace_files([known.get(file.path, file) for file in snapshot.files])
+
+    def _damaged(self, snapshot: Snapshot, there: Path) -> Sequence[File]:
+        """The files of a version that are not what they should be: as sizes and times say, or their bytes."""
+        proven = set() if self.verify else {entry.file.path for entry in self._published(there) if entry.is_proven}
+        unproven = [
+            dataclasses.replace(file, source=there / file.path, git_id=None)
+            for file in snapshot.files
+            if file.path not in proven and has_size(there / file.path, file.size)
+        ]
+        cache = None if self.verify else DigestCache()
+        try:
+            _, bad = check_files(unproven, self.config.workers, cache, self.progress)
+        except WeightctlError:
+            if there.is_dir():
+                raise
+            return snapshot.files  # it was pruned meanwhile
+        sound = proven | {file.path for file in unproven} - {file.path for file in bad}
+        return [file for file in snapshot.files if file.path not in sound]
+
+    def _place(self, snapshot: Snapshot, staging: Path, scratch: Path) -> Path:
+        """Publish what is staged, unless somebody else had this version first."""
+        path = self.mount.path / self.name / snapshot.digest[:VERSION_DIGITS]
+        if not path.is_dir():
+            self.mount.manifests.write(self.name, path.name, snapshot.files, staging, scratch)
+            storage.make_directories(path.parent, 0o755)
+            storage.rename(staging, path)
+        return path
+
+    def _mend(self, snapshot: Snapshot, there: Path, staged: Sequence[File], staging: Path, scratch: Path) -> Path:
+        """Put what is staged into a version that is there but damaged."""
+        for file in staged:
+            storage.make_directories((there / file.path).parent, 0o755)
+            storage.rename(staging / file.path, there / file.path)
+        published = self._published(there)
+        if staged or not published or not all(entry.is_proven for entry in published):
+            self.mount.manifests.write(self.name, there.name, snapshot.files, there, scratch)
+        return there
+
+    def _wait_until_readable(self, snapshot: Snapshot, path: Path) -> None:
+        """`rclone mount` cannot read what it has yet to store, once its directory was renamed."""
+        if storage.is_on_disk(path):
+            return
+        deadline = time.monotonic() + STORING_SECONDS
+        waiting = False
+        for file in snapshot.files:
+            while error := _reading_fails(path / file.path):
+                if error.errno != errno.EIO or time.monotonic() > deadline:
+                    raise WeightctlError(
+                        f"{path / file.path} cannot be read where it was published: {error.strerror}",
+                        "this mount loses files when their directory is renamed: mount it in another way",
+                    ) from error
+                if not waiting:
+                    self.progress.note(f"waiting until {self.mount.path} has stored what it took")
+                    waiting = True
+                storage.pause(0.1)
+
+    def _published(self, there: Path) -> Sequence[PublishedFile]:
+        """What the manifest of a version says; nothing if it is damaged."""
+        try:
+            return self.mount.manifests.read(self.name, there.name)
+        except WeightctlError:
+            return ()
+
+
+def _reading_fails(path: Path) -> OSError | None:
+    try:
+        with path.open("rb", buffering=0) as stream:
+            stream.read(1)
+    except OSError as error:
+        return error
+    return None
+
+
+def place(mount: Mount, snapshot: Snapshot, name: str) -> Path | None:
+    """Where the snapshot belongs, if all its hashes are known."""
+    if any(file.sha256 is None for file in snapshot.files):
+        return None
+    return mount.path / name / snapshot.digest[:VERSION_DIGITS]
+
+
+def with_remembered_digests(snapshot: Snapshot) -> Snapshot:
+    """SHA-256 where it is known without reading the file."""
+    known = DigestCache().get_all("sha256", [file.source for file in snapshot.files if file.sha256 is None])
+    return snapshot.replace_files(
+        [dataclasses.replace(file, sha256=file.sha256 or known.get(file.source)) for file in snapshot.files]
+    )
+
+
+def _key(snapshot: Snapshot) -> str:
+    """The same for whoever pushes this very snapshot at the same time."""
+    entries = []
+    for file in snapshot.files:
+        with translated_os_errors(f"read {file.source}"):
+            entries.append([file.path, file.size, file.sha256 or Identity.of(file.source).key])
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:VERSION_DIGITS]
