@@ -10,17 +10,23 @@ import socket
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
 from tests import models
 from tests.chaos_proxy import ChaosProxy
 from tests.command import Outcome, weightctl
+from tests.images.conformance import plan
 from tests.images.test_remote import bake, check
 from tests.services import docker_registry
 from tests.token_server import TokenServer
+from weightctl.config import Config
 from weightctl.errors import UsageError, WeightctlError
+from weightctl.images import RemoteImages
 from weightctl.images.credentials import Credentials, find_credentials, is_loopback
+from weightctl.images.oci import ImageName
+from weightctl.progress import Progress
 
 PASSWORD = "the-pass-word"
 HTPASSWD = "user:$2y$05$xzpZ/VTeF4JGvFOF.nDiAek72APU9tJ1eSEDwwBr.tOYhkbnvDrEe\n"
@@ -187,11 +193,13 @@ def test_nobody_may_pull_but_not_push(tokened: str, docker_config: Path, model: 
 def test_a_token_that_ends_in_the_middle(tokened: str, tokens: TokenServer, docker_config: Path, model: Path) -> None:
     with ChaosProxy(tokened) as proxy:
         log_in(docker_config, proxy.host)
-        challenge = f'Bearer realm="{tokens.url}",service="a registry",scope="x",error="invalid_token"'
+        challenge = f'Bearer realm="{tokens.url}",service="a registry",scope="repository:by/another/path:pull"'
         proxy.fault("PUT", "uploads", skip=1, status=401, headers={"WWW-Authenticate": challenge})
         before = len(tokens.issued)
-        bake(model, f"{proxy.host}/ends:v1")
+        baked = bake(model, f"{proxy.host}/ends:v1")
         assert len(tokens.issued) == before + 2
+        assert tokens.asked[-1] == ("GET", "repository:ends:pull,push repository:by/another/path:pull")
+        assert baked.written_bytes == sum(proxy.body_bytes.values())
         used = {seen.headers.get("Authorization") for seen in proxy.seen}
         assert used == {None, *(f"Bearer {token}" for token in tokens.issued[before:])}
 
@@ -316,6 +324,48 @@ def test_plain_http_is_for_loopback_or_on_request(guarded: str, docker_config: P
 )  # fmt: skip
 def test_what_loopback_is(host: str, loopback: bool) -> None:
     assert is_loopback(host) is loopback
+
+
+def test_plain_http_is_for_the_registrys_token_service_too(
+    tokened: str, tokens: TokenServer, docker_config: Path, model: Path
+) -> None:
+    address = own_address()
+    service = tokens.url.split("/")[2]
+    with ChaosProxy(tokened, address=address) as proxy, ChaosProxy(service, address=address) as asked:
+        log_in(docker_config, proxy.host)
+        challenge = f'Bearer realm="http://{asked.host}/token"'
+        proxy.fault("GET", "manifests", reply_headers={"WWW-Authenticate": challenge})
+        image = ImageName.parse(f"{proxy.host}/plain/tokens:v1")
+        RemoteImages("").bake(plan(model), image, config=Config(plain_http=True), progress=Progress())
+        assert f"service={quote(proxy.host, safe='')}" in asked.seen[0].path
+
+
+# proxies
+
+
+@pytest.fixture
+def dead_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:1")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+
+
+@pytest.mark.usefixtures("dead_proxy")
+def test_loopback_is_spoken_to_without_a_proxy(guarded: str, docker_config: Path, model: Path) -> None:
+    log_in(docker_config, guarded)
+    bake(model, f"{guarded}/unproxied:v1")
+
+
+@pytest.mark.usefixtures("dead_proxy")
+def test_a_proxy_that_fails_is_said_to(guarded: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(WeightctlError, match=r"the proxy does not reach example\.com: Connection refused") as caught:
+        bake(model, "example.com/a:v1")
+    assert "HTTPS_PROXY" in str(caught.value.hint)
+    with ChaosProxy(guarded) as proxy:
+        monkeypatch.setenv("https_proxy", f"http://user:{PASSWORD}@{proxy.host}")
+        with pytest.raises(WeightctlError, match=r"the proxy does not reach example\.com: it answers 501"):
+            bake(model, "example.com/a:v1")
 
 
 def test_where_to_is_said_by_the_tag_alone(model: Path) -> None:

@@ -51,6 +51,7 @@ def members(tar: bytes) -> list[tarfile.TarInfo]:
         ("localhost/llama", "localhost/llama:latest", "localhost/llama:latest"),
         ("localhost:5000/a/b/c:t", "localhost:5000/a/b/c:t", "localhost:5000/a/b/c:t"),
         ("registry:5000/llama:t", "registry:5000/llama:t", "registry:5000/llama:t"),
+        ("[fd00::1]:5000/llama:t", "[fd00::1]:5000/llama:t", "[fd00::1]:5000/llama:t"),
         ("ghcr.io/o/m__x-y--z.w:t", "ghcr.io/o/m__x-y--z.w:t", "ghcr.io/o/m__x-y--z.w:t"),
     ],
 )

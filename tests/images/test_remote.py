@@ -16,7 +16,7 @@ import requests
 from tests import models
 from tests.chaos_proxy import ChaosProxy
 from tests.command import weightctl
-from tests.images.conformance import Image, ImagesConformance, plan, read_layout
+from tests.images.conformance import Image, ImagesConformance, files_of, plan, read_layout
 from tests.services import docker_registry, podman_mount, tool
 from weightctl.config import Config
 from weightctl.errors import IntegrityError, UsageError
@@ -78,37 +78,25 @@ def copied(name: str, destination: Path) -> Image:
     return read_layout(destination, "copy")
 
 
-def files_of(model: Path) -> dict[str, bytes]:
-    return {f"/models/m/{path}": data for path, data in models.contents(model).items()}
-
-
 class TestRemoteImages(ImagesConformance):
     backend = "registry"
+    no_location = "name@digest"
 
-    @pytest.fixture(autouse=True)
-    def _registry(self, registry: str) -> None:
-        self.host = registry
+    @pytest.fixture
+    def place(self, registry: str) -> str:
+        return f"{registry}/c{secrets.token_hex(8)}"
 
-    def location(self, scratch: Path) -> str:
-        return f"{self.host}/c{secrets.token_hex(8)}/conform:v1"
+    def location(self, place: str) -> str:
+        return ""
 
-    def open(self, place: str) -> Images:
-        return RemoteImages(place)
+    def name(self, place: str, tag: str) -> str:
+        return f"{place}/conform:{tag}"
 
-    def bake(self, place: str, image: Any, name: str, workers: int = 2) -> Any:
-        return RemoteImages("").bake(
-            image, self._name(place, name), config=Config(workers=workers), progress=Progress()
-        )
+    def to_check(self, place: str) -> Images:
+        return RemoteImages(self.name(place, "v1"))
 
-    def read(self, location: str, name: ImageName, scratch: Path) -> Image:
-        return copied(str(self._name(location, str(name))), scratch.parent / f"copy{secrets.token_hex(4)}")
-
-    def _name(self, place: str, name: str) -> ImageName:
-        return ImageName.parse(f"{place.rpartition('/')[0]}/{name}")
-
-    def test_without_a_location_it_says_what_it_wants(self) -> None:
-        with pytest.raises(UsageError, match="names no image"):
-            RemoteImages("").check(config=CONFIG, progress=Progress())
+    def read(self, place: str, name: ImageName, scratch: Path) -> Image:
+        return copied(str(name), scratch)
 
 
 def test_podman_pulls_the_model(registry: str, model: Path) -> None:

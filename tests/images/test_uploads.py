@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import signal
 from collections.abc import Iterator
@@ -13,10 +14,12 @@ import pytest
 from tests import models
 from tests.chaos_proxy import ChaosProxy
 from tests.command import start, weightctl
-from tests.images.test_remote import bake, check, copied, files_of
+from tests.images.conformance import files_of
+from tests.images.test_remote import bake, check, copied
 from tests.services import docker_registry
 from weightctl.errors import IntegrityError, WeightctlError
-from weightctl.images import registry_client
+from weightctl.images import registry_client, transport
+from weightctl.images.transport import Transport
 
 MIB = 1 << 20
 SHARD = 5 * MIB
@@ -53,7 +56,7 @@ def assert_arrived(name: str, model: Path, proxy: ChaosProxy) -> None:
     assert copied(plain, model.parent / "copy").files == files_of(model)
 
 
-CHUNKS = 2 * (SHARD // MIB + 1)
+CHUNKS = 2 * (SHARD // MIB)
 
 SURVIVED: dict[str, list[dict[str, Any]]] = {
     "a failing registry": [{"method": "PATCH", "path": "", "status": 503, "skip": 2, "times": 2}],
@@ -89,6 +92,11 @@ SURVIVED: dict[str, list[dict[str, Any]]] = {
     "a flipped bit in what is sent whole": [{"method": "PUT", "path": "uploads", "least": 4096, "flip": True}],
     "no chunks, 416": [{"method": "PATCH", "path": "", "status": 416, "times": -1}],
     "no chunks, 405": [{"method": "PATCH", "path": "", "status": 405, "times": -1}],
+    "no chunks but the first": [{"method": "PATCH", "path": "", "skip": 1, "status": 400, "times": -1}],
+    "a registry that has moved": [
+        {"method": "POST", "path": "", "status": 307, "headers": {"Location": "?moved=1"}, "times": 2},
+        {"method": "PUT", "path": "manifests", "status": 308, "headers": {"Location": "?moved=1"}},
+    ],
     "a range that is stuck": [
         {"method": "PATCH", "path": "", "times": -1, "reply_headers": {"Range": f"0-{MIB - 1}"}},
     ],
@@ -104,6 +112,7 @@ def test_survived(faults: list[dict[str, Any]], proxy: ChaosProxy, name: str, mo
         proxy.fault(**fault)
     bake(model, name)
     assert not [fault for fault in proxy.faults if fault.times > 0], "the fault was not met"
+    assert all("Content-Length" in seen.headers for seen in proxy.seen if seen.method in ("PATCH", "POST", "PUT"))
     assert_arrived(name, model, proxy)
 
 
@@ -133,8 +142,16 @@ def test_larger_chunks_where_the_registry_wants_them(proxy: ChaosProxy, name: st
     assert_arrived(name, model, proxy)
 
 
+def test_a_registry_that_takes_neither_chunks_nor_the_whole(proxy: ChaosProxy, name: str, model: Path) -> None:
+    proxy.fault("PATCH", "", status=416, times=-1)
+    proxy.fault("PUT", "", status=413, times=-1)
+    with pytest.raises(WeightctlError, match="413"):
+        bake(model, name)
+
+
 def test_bytes_that_never_arrive_right_are_an_error(proxy: ChaosProxy, name: str, model: Path) -> None:
-    proxy.fault("PATCH", "", flip=True, times=-1)
+    for method in ("PATCH", "PUT"):
+        proxy.fault(method, "uploads", least=4096, flip=True, times=-1)
     with pytest.raises(IntegrityError, match="twice"):
         bake(model, name)
     assert not proxy.requests("PUT", "manifests")
@@ -143,11 +160,18 @@ def test_bytes_that_never_arrive_right_are_an_error(proxy: ChaosProxy, name: str
 def test_a_registry_that_always_fails_is_an_error(
     proxy: ChaosProxy, name: str, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry_client, "TRIES", 2)
+    monkeypatch.setattr(transport, "TRIES", 2)
     proxy.fault("PATCH", "", status=503, times=-1, body=b'{"errors":[{"code":"UNAVAILABLE","message":"disk"}]}')
     with pytest.raises(WeightctlError, match="fails: HTTP 503: UNAVAILABLE disk"):
         bake(model, name)
     assert not proxy.requests("PUT", "manifests")
+
+
+def test_a_repository_that_has_to_be_created_first(proxy: ChaosProxy, name: str, model: Path) -> None:
+    proxy.fault("POST", "", status=404, body=b'{"errors":[{"code":"NAME_UNKNOWN"}]}', times=-1)
+    with pytest.raises(WeightctlError, match="NAME_UNKNOWN") as caught:
+        bake(model, name)
+    assert caught.value.hint == "create the repository there first"
 
 
 def test_a_limit_of_an_hour_is_not_waited_for(proxy: ChaosProxy, name: str, model: Path) -> None:
@@ -157,10 +181,16 @@ def test_a_limit_of_an_hour_is_not_waited_for(proxy: ChaosProxy, name: str, mode
     assert "later" in str(caught.value.hint)
 
 
-def test_a_registry_that_is_not_there(tmp_path: Path, model: Path) -> None:
-    done = weightctl("bake", model, "--to", "registry", "--tag", "127.0.0.1:1/a:v1")
-    assert done.code == 1
-    assert "cannot reach 127.0.0.1:1: Connection refused" in done.stderr
+@pytest.mark.parametrize("host", ["127.0.0.1:1", "[::1]:1"])
+def test_a_registry_that_is_not_there(host: str, model: Path) -> None:
+    with pytest.raises(WeightctlError, match=re.escape(f"cannot reach {host}: ")):
+        bake(model, f"{host}/a:v1")
+
+
+@pytest.mark.parametrize("location", ["/up?load=1", "http://localhost:80/up?load=1", "https://LocalHost:443/up?load=1"])
+def test_a_location_with_the_default_port_is_the_registry_itself(location: str) -> None:
+    registry = Transport("localhost", "a", actions="pull", plain_http=False)
+    assert registry.follow(f"{registry.origin}/v2/", location) == f"{registry.origin}/up?load=1"
 
 
 @pytest.mark.parametrize(
@@ -193,7 +223,11 @@ BIG = 80 * MIB
 @pytest.fixture
 def big(tmp_path: Path) -> Path:
     models.write_safetensors(tmp_path / "big" / "model.safetensors", BIG, secrets.randbits(60))
-    return models.settle(tmp_path / "big")
+    return tmp_path / "big"
+
+
+def sent_to(proxy: ChaosProxy) -> int:
+    return sum(proxy.body_bytes.values())
 
 
 def interrupted(proxy: ChaosProxy, big: Path, how: signal.Signals) -> tuple[int, int]:
@@ -209,11 +243,11 @@ def interrupted(proxy: ChaosProxy, big: Path, how: signal.Signals) -> tuple[int,
     process.communicate()
     assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
     models.wait_for(lambda: not proxy.active)
-    before = proxy.body_bytes["PATCH"]
+    before = sent_to(proxy)
     done = weightctl(*command, "--path", "/models/big")
     assert done.code == 0, done.stderr
     assert check(str(command[-1]), big) == ()
-    return before, proxy.body_bytes["PATCH"] - before
+    return before, sent_to(proxy) - before
 
 
 def test_killed_before_a_registry_that_forgets(proxy: ChaosProxy, big: Path) -> None:

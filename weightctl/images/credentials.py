@@ -79,18 +79,20 @@ class TokenRequest:
 class Authorization:
     """The header that one registry wants: nothing until it asks, then basic or a token, which is renewed in time.
 
-    `ask` sends a TokenRequest and returns the answer's body.
+    `ask` sends a TokenRequest and returns the answer's body. `plain_http`: also without TLS, as to the registry.
     """
 
-    def __init__(self, registry: str, ask: Callable[[TokenRequest], bytes]) -> None:
+    def __init__(self, registry: str, ask: Callable[[TokenRequest], bytes], *, plain_http: bool = False) -> None:
         self._registry = registry
         self._ask = ask
+        self._plain_http = plain_http
         self._lock = threading.RLock()
         self._credentials: Credentials | None = None
         self._looked = False
         self._basic: str | None = None
         self._service: tuple[str, str] | None = None
         self._tokens: dict[tuple[str, ...], tuple[str, float]] = {}
+        self._named: dict[tuple[str, ...], list[str]] = {}
 
     def header(self, scopes: tuple[str, ...]) -> str | None:
         """For a request in these scopes (`repository:NAME:ACTIONS`)."""
@@ -107,9 +109,12 @@ class Authorization:
         with self._lock:
             scheme, parameters = _parse_challenge(challenge)
             if scheme == "bearer":
-                self._service = (_checked_realm(parameters.get("realm", "")), parameters.get("service", ""))
+                realm = _checked_realm(parameters.get("realm", ""), plain_http=self._plain_http)
+                self._service = (realm, parameters.get("service", self._registry))
                 if sent == f"Bearer {self._tokens.get(scopes, ('', 0.0))[0]}":
                     del self._tokens[scopes]
+                    # Amazon's public registry wants "aws"; one behind a proxy may go by another path than ours.
+                    self._named[scopes] = parameters.get("scope", "").split()
                 return True
             credentials = self._login() if scheme == "basic" else None
             self._basic = credentials.basic if credentials else None
@@ -134,10 +139,10 @@ class Authorization:
         """A token, and when to stop using it."""
         assert self._service is not None
         realm, service = self._service
-        credentials = self._login()
+        wanted = tuple(dict.fromkeys((*scopes, *self._named.get(scopes, ()))))
         began = time.monotonic()
         try:
-            answer = json.loads(self._ask(_token_request(realm, service, scopes, credentials)))
+            answer = json.loads(self._ask(_token_request(realm, service, wanted, self._login())))
             token = answer.get("token") or answer["access_token"]
             seconds = max(float(answer.get("expires_in") or 0), LEAST_SECONDS)
             if not isinstance(token, str) or not _TOKEN.fullmatch(token):
@@ -166,11 +171,11 @@ def _parse_challenge(text: str) -> tuple[str, dict[str, str]]:
     return next(((name, schemes[name]) for name in ("bearer", "basic") if name in schemes), ("", {}))
 
 
-def _checked_realm(realm: str) -> str:
+def _checked_realm(realm: str, *, plain_http: bool) -> str:
     """The token service's URL, if a password may be sent there."""
     try:
         parts = urllib.parse.urlsplit(realm)
-        safe = parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname))
+        safe = parts.scheme == "https" or (parts.scheme == "http" and (plain_http or is_loopback(parts.hostname)))
         if safe and parts.hostname and parts.username is None and not parts.fragment:
             return realm
     except ValueError:

@@ -26,7 +26,8 @@ MAX_JSON_BYTES = 4 << 20
 """What registries commonly accept of a manifest."""
 
 _NAME = re.compile(
-    r"(?:(?P<registry>(?:[a-zA-Z0-9-]+(?:\.[a-zA-Z0-9-]+)+|localhost|[a-zA-Z0-9-]+(?=:\d))(?::\d+)?)/)?"
+    r"(?:(?P<registry>"
+    r"(?:[a-zA-Z0-9-]+(?:\.[a-zA-Z0-9-]+)+|localhost|\[[a-fA-F0-9:]+\]|[a-zA-Z0-9-]+(?=:\d))(?::\d+)?)/)?"
     r"(?P<repository>[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*)"
     r"(?::(?P<tag>\w[\w.-]{0,127}))?",
     re.ASCII,

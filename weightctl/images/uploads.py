@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from weightctl import storage
+from weightctl.config import user_directory
 from weightctl.errors import IntegrityError
 from weightctl.images.oci import Descriptor
-from weightctl.images.registry_client import Part, Patience, RegistryClient, RegistryError, Session
+from weightctl.images.registry_client import Part, RegistryClient, Session
+from weightctl.images.transport import Patience, RegistryError
 from weightctl.progress import Task
 
 SMALLEST_CHUNK_BYTES = 1 << 20
@@ -29,8 +31,7 @@ class Memory:
     """
 
     def __init__(self, registry: str) -> None:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self._directory = home / "weightctl" / "registries" / registry
+        self._directory = user_directory("cache") / "weightctl" / "registries" / registry
 
     def repository(self, digest: str) -> str | None:
         """A repository that had the blob."""
@@ -109,8 +110,8 @@ class Upload:
         self._position = self._farthest = 0
         self._patience = Patience()
         self._refused = False
+        """Once: it is sent anew, and whole."""
         self._tried = 0
-        self._closing = False
 
     def run(self, mount_from: str | None) -> None:
         """Bring the blob into the repository, unless it is there or can be mounted from another one.
@@ -147,11 +148,11 @@ class Upload:
         return None if self._client.has_blob(self._blob) else self._client.begin_upload(self._blob, mount_from)
 
     def _step(self, session: Session, source: BinaryIO) -> Session | None:
-        """Send a chunk, or all of a blob that is no larger, or the last word; None if the blob is complete."""
+        """Send a chunk, or the last one, with the digest, which may be all of the blob; None if it is complete."""
         left = self._blob.size - session.offset
-        closing = not left or self._is_whole()
-        part = Part(source, session.offset, left if closing else min(left, self._client.chunk_bytes), self._sent)
-        self._tried, self._closing = part.length, closing
+        closing = self._refused or not self._client.chunked or left <= self._client.chunk_bytes
+        part = Part(source, session.offset, left if closing else self._client.chunk_bytes, self._sent)
+        self._tried = part.length
         if closing:
             self._client.finish_upload(session, self._blob, part)
             return None
@@ -161,9 +162,6 @@ class Upload:
             self._farthest = session.offset
             self._patience.reset()
         return session
-
-    def _is_whole(self) -> bool:
-        return not self._client.chunked or self._blob.size <= self._client.chunk_bytes
 
     def _after(self, error: RegistryError, session: Session) -> Session | None:
         """With which upload to go on after a step failed; None for a new one."""
@@ -175,26 +173,23 @@ class Upload:
         if error.status == 404:  # the registry has forgotten the upload
             self._patience.wait(error)
             return None
-        if error.status == 413 and self._tried > SMALLEST_CHUNK_BYTES:
-            self._client.chunk_bytes = min(self._client.chunk_bytes, max(SMALLEST_CHUNK_BYTES, self._tried // 2))
-            self._client.chunked = True
-            return self._client.upload_status(session, self._blob.size)
-        if self._closing:
-            if not self._refused:
-                self._refused = True
-                return None
+        if self._refused:
             if error.code in ("DIGEST_INVALID", "SIZE_INVALID"):
                 message = f"{self._client} received other bytes than {self._blob.digest} names, twice"
                 raise IntegrityError(message, "run this when nothing writes the model") from error
             raise error
-        if session.offset == 0:  # ghcr.io takes chunks of 4 MiB at most, and says 416; others take none, and say 405
-            self._client.chunked = False
-            return None
-        self._patience.wait(error)
-        return self._client.upload_status(session, self._blob.size)
+        if error.status == 413 and self._tried > SMALLEST_CHUNK_BYTES:
+            self._client.chunk_bytes = min(self._client.chunk_bytes, max(SMALLEST_CHUNK_BYTES, self._tried // 2))
+            self._client.chunked = True
+            return self._client.upload_status(session, self._blob.size)
+        # A chunk that is refused, some with 416 and some with 405, is the first of many, or the registry was wrong
+        # about what has arrived; a digest that is refused may be due to chunks that it joined wrongly.
+        self._refused = True
+        self._client.chunked &= session.offset + self._tried == self._blob.size
+        return None
 
     def _sent(self, position: int) -> None:
-        self.sent_bytes += position - self._position
+        self.sent_bytes += max(0, position - self._position)
         self._reach(position)
 
     def _reach(self, position: int) -> None:
