@@ -1,26 +1,32 @@
 """A model on Modal, from a Volume to the GPU: `modal run examples/modal_app.py::fetch`, then `modal deploy` it.
 
-Written after Modal's documentation; it needs an account there.
+Written after Modal's documentation; it needs an account there, and weightctl's checkout, from which it is installed.
 """
 
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import modal
 
 MODEL = "Qwen/Qwen3-0.6B"
 DIRECTORY = f"/models/{MODEL}"
+CHECKOUT = Path(__file__).resolve().parent.parent
 
 app = modal.App("weightctl-example")
 volume = modal.Volume.from_name("weightctl-models", create_if_missing=True)
-image = modal.Image.debian_slim(python_version="3.12").pip_install("weightctl[transformers]")
+image = (
+    modal.Image.debian_slim(python_version="3.12")
+    .add_local_dir(CHECKOUT, "/weightctl", copy=True, ignore=[".git", "**/__pycache__"])
+    .run_commands("pip install '/weightctl[transformers]'")
+)
 
 
 @app.function(image=image, volumes={"/models": volume}, timeout=3600)
 def fetch() -> None:
-    """Once: the model onto the Volume, every byte checked."""
+    """Once: the model onto the Volume, every byte checked. Containers that start after the commit see it."""
     subprocess.run(["weightctl", "pull", MODEL, "--to", DIRECTORY], check=True)
     volume.commit()
 

@@ -1,6 +1,7 @@
 """A model on Cerebrium: loaded when the container starts, from its persistent storage. `cerebrium deploy` here.
 
-Put the model there first: weightctl pull Qwen/Qwen3-0.6B --to model; cerebrium cp model model
+Put the model there first: weightctl pull Qwen/Qwen3-0.6B --to model; cerebrium cp model model. And put weightctl where
+pip finds it: the name in cerebrium.toml is looked up on its index.
 """
 
 from __future__ import annotations
