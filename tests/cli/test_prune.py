@@ -11,6 +11,9 @@ import pytest
 from tests import models
 from tests.command import weightctl
 from weightctl import Volume
+from weightctl.config import Config
+from weightctl.operations.push_volume import push_volume
+from weightctl.progress import Progress
 
 
 @pytest.fixture
@@ -26,7 +29,8 @@ def versions(volume: Path, tmp_path: Path) -> list[str]:
     pushed = []
     for text in "123":
         (model / "config.json").write_text(text)
-        pushed.append(str(weightctl("push-volume", model, volume, "--json").result["version"]))
+        done = push_volume(str(model), volume, config=Config(), progress=Progress())
+        pushed.append(done.version)
     return pushed
 
 
@@ -46,8 +50,10 @@ def test_volumes_lists_what_is_there(volume: Path, versions: list[str]) -> None:
 
 def test_an_empty_volume(volume: Path) -> None:
     assert weightctl("volumes", volume, "--json").result == {"volume": str(volume), "versions": [], "bytes": 0}
-    done = weightctl("prune", volume, "--keep", 1)
-    assert (done.code, done.stdout) == (0, "")
+    for command in (["volumes", volume], ["prune", volume, "--keep", 1]):
+        done = weightctl(*command)
+        assert (done.code, done.stdout) == (0, "")
+    assert "done: 0 versions, 0 B" in done.stderr
 
 
 def test_prune(volume: Path, versions: list[str]) -> None:

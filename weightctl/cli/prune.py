@@ -31,7 +31,7 @@ def prune(
         result = run(volume, keep=keep, older_than=age, dry_run=dry_run, progress=progress)
     removed = f"{ui.count(len(result.removed), 'version')}, {ui.size(result.freed_bytes)}"
     in_use = f"; {ui.count(len(result.in_use), 'version')} in use" if result.in_use else ""
-    swept = f"; {ui.count(result.leftovers, 'dead push')}" if result.leftovers else ""
+    swept = f"; {ui.count(result.leftovers, 'leftover')}" if result.leftovers else ""
     show = ui.show_plan if dry_run else ui.show_result
     paths = "\n".join(str(version.path) for version in result.removed)
     show(result, json, paths or None, f"{removed}{in_use}{swept}")

@@ -44,9 +44,7 @@ def push_volume(
     with ui.progress() as progress:
         if dry_run:
             plan = plan_push(model, volume, name=name, revision=revision, **wanted, config=config, progress=progress)
-            todo = (
-                "is there already" if plan.exists else f"{ui.count(plan.files, 'file')}, {ui.size(plan.bytes)}, to copy"
-            )
+            todo = "there already" if plan.exists else f"{ui.count(plan.files, 'file')}, {ui.size(plan.bytes)}, to copy"
             todo += f"; {ui.size(plan.missing_bytes)} to fetch first" if plan.missing_bytes else ""
             return ui.show_plan(plan, json, volume / plan.name, f"{plan.name}: {todo}")
         result = run(

@@ -14,6 +14,8 @@ def volumes(volume: options.VolumePath, json: options.Json = False) -> None:
     result = run(volume)
     if json:
         return ui.show_json(result)
+    if not result.versions:
+        return ui.show_result(result, json, None, f"no models in {volume}")
     rows = [
         (
             version.name,
