@@ -120,6 +120,19 @@ def test_a_user_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+def test_an_interrupt_while_it_starts_is_no_traceback() -> None:
+    code = """if True:
+        import runpy, sys
+        class Interrupting:
+            def find_spec(self, name, *_):
+                if name == "typer":
+                    raise KeyboardInterrupt
+        sys.meta_path.insert(0, Interrupting())
+        runpy.run_module("weightctl", run_name="__main__")"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 def test_shell_completion() -> None:
     asked = {"_WEIGHTCTL_COMPLETE": "complete_bash", "COMP_WORDS": "weightctl pu", "COMP_CWORD": "1"}
     script = Path(sys.executable).with_name("weightctl")

@@ -108,8 +108,16 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
-class RichProgress(Progress):
-    """Bars on a terminal, only while a task is open, so that nothing draws while something is timed; notes anywhere."""
+class Notes(Progress):
+    """What a log gets: notes, and no bars."""
+
+    def note(self, message: str) -> None:
+        """A line on stderr, above the bars if there are any."""
+        _print_stderr("note", "bold cyan", message)
+
+
+class Bars(Notes):
+    """What a terminal gets: bars too, only while a task is open, so that nothing draws while something is timed."""
 
     def __init__(self, bars: rich.progress.Progress) -> None:
         self._bars = bars
@@ -117,14 +125,10 @@ class RichProgress(Progress):
     def task(self, description: str, total: int) -> Task:
         """A bar by bytes."""
         self._bars.start()
-        return _RichTask(self._bars, self._bars.add_task(description, total=total))
-
-    def note(self, message: str) -> None:
-        """A line on stderr, above the bars."""
-        _print_stderr("note", "bold cyan", message)
+        return _Bar(self._bars, self._bars.add_task(description, total=total))
 
 
-class _RichTask(Task):
+class _Bar(Task):
     def __init__(self, bars: rich.progress.Progress, task: rich.progress.TaskID) -> None:
         self._bars, self._task = bars, task
 
@@ -140,16 +144,18 @@ class _RichTask(Task):
 @contextmanager
 def progress() -> Iterator[Progress]:
     """Progress on stderr for the time of the block; bars only if it is a terminal."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield Notes()
+        return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bars
+    from rich.progress import Progress as RichProgress
 
-    console = Console(stderr=True, highlight=False)
     columns = (
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    bars = Bars(*columns, console=console, disable=not console.file.isatty(), transient=True)
+    bars = RichProgress(*columns, console=Console(stderr=True, highlight=False), transient=True)
     try:
-        yield RichProgress(bars)
+        yield Bars(bars)
     finally:
         bars.stop()
