@@ -11,7 +11,7 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -374,6 +374,33 @@ def test_a_volume_of_another_user(model: Path, tmp_path: Path) -> None:
 
         as_ordinary_user(attempt)
         assert problems(volume) == ()
+
+
+@pytest.mark.parametrize("place", ["", "volume", "volume/org", "volume/org/m", "volume/.weightctl"])
+def test_what_may_not_be_read(tmp_path: Path, model: Path, place: str) -> None:
+    volume = tmp_path / "closed" / "volume"
+    volume.mkdir(parents=True)
+    publish(volume, model, "org/m")
+    closed = tmp_path / "closed" / place
+
+    asks: list[Callable[[DirectoryVolume], object]] = [
+        lambda there: there.check("org/m", "latest", config=Config(), progress=Progress()),
+        lambda there: there.contents(),
+        lambda there: there.prune(keep=1, progress=Progress()),
+        lambda there: there.use("org/m").__enter__(),
+    ]
+    if place != "volume/.weightctl":
+        asks.append(lambda there: there.resolve("org/m"))
+
+    def read() -> None:
+        for ask in asks:
+            with pytest.raises(WeightctlError, match="Permission denied") as caught:
+                ask(DirectoryVolume(volume))
+            assert caught.value.hint
+
+    open_to_all(tmp_path)
+    closed.chmod(0o700)
+    as_ordinary_user(read)
 
 
 def test_a_source_that_vanishes(volume: Path, model: Path) -> None:

@@ -26,7 +26,7 @@ from weightctl.config import Config
 from weightctl.errors import WeightctlError
 from weightctl.progress import Progress
 from weightctl.sources.directory import read_directory
-from weightctl.volumes import DirectoryVolume, Published
+from weightctl.volumes import DirectoryVolume, Published, leases
 
 STEPS = ("open", "mkdir", "pwrite", "fsync", "rename", "symlink", "link", "unlink", "rmdir", "utime", "ftruncate")
 """The functions of `os` by which a push changes a volume."""
@@ -308,8 +308,10 @@ def write_generation(model: Path, number: int, shards: int = 4, size: int = 200_
     return model
 
 
-def test_two_hundred_kills(volume: Path, tmp_path: Path) -> None:
+def test_two_hundred_kills(volume: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGKILL at random moments of a push, while readers poll and hash; each time a second push completes."""
+    monkeypatch.setattr(leases, "NAMELESS_SECONDS", 0.2)  # who was killed before it wrote its name is not waited for
+    monkeypatch.setattr(leases, "SETTLE_SECONDS", 0.0)
     random.seed(4)
     model = write_generation(tmp_path / "m", 0)
     publish(volume, model)

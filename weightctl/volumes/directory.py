@@ -74,23 +74,23 @@ class DirectoryVolume(Volume):
 
     def resolve(self, name: str, version: str = "latest") -> Path:
         """See `Volume.resolve`."""
-        parent = self.path / check_name(name)
+        if version == "latest" and (pinned := self._latest.get(name)) and pinned.is_dir():
+            return pinned
+        with translated_os_errors(f"read the volume {self.path}"):
+            path = self._find(_check_name(name), version)
         if version == "latest":
-            if (pinned := self._latest.get(name)) and pinned.is_dir():
-                return pinned
-            found = self._mount.latest(name)
-            if found is not None and not VERSION.fullmatch(found):
-                raise IntegrityError(
-                    f"{parent / 'latest'} names no version in {parent}", "push the model again to mend it"
-                )
-        else:
-            found = version if VERSION.fullmatch(version) else None
-        if found is None or not (parent / found).is_dir():
+            self._latest[name] = path
+        return path
+
+    def _find(self, name: str, version: str) -> Path:
+        parent = self.path / name
+        found = self._mount.latest(name) if version == "latest" else version
+        if version == "latest" and found is not None and not VERSION.fullmatch(found):
+            raise IntegrityError(f"{parent / 'latest'} names no version", "push the model again to mend it")
+        if found is None or not VERSION.fullmatch(found) or not (parent / found).is_dir():
             known = self.versions(name)
             hint = f"versions: {', '.join(known)}" if known else f"names here: {', '.join(self.names()) or 'none'}"
             raise UsageError(f"the volume {self.path} has no version {version!r} of {name!r}", hint)
-        if version == "latest":
-            self._latest[name] = parent.resolve() / found
         return parent.resolve() / found
 
     def reload(self) -> None:

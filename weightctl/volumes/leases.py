@@ -125,6 +125,9 @@ def _acquire(path: Path) -> int | None:
         if free:
             return descriptor
     except BaseException:
+        if new:  # nobody need wait for a name that does not come
+            with contextlib.suppress(OSError):
+                path.unlink()
         os.close(descriptor)
         raise
     os.close(descriptor)

@@ -59,23 +59,22 @@ class Manifests:
                 raise error
 
         with translated_os_errors(f"read {self._root}"):
-            walk = [(Path(parent), files) for parent, _, files in os.walk(self._root, onerror=fail)]
-        found = sorted(
-            (parent.relative_to(self._root).as_posix(), file.removesuffix(".json"))
-            for parent, files in walk
-            for file in files
-            if file.endswith(".json")
-        )
-        return [(name, version) for name, version in found if (self._volume / name / version).is_dir()]
+            found = sorted(
+                (Path(parent).relative_to(self._root).as_posix(), file.removesuffix(".json"))
+                for parent, _, files in os.walk(self._root, onerror=fail)
+                for file in files
+                if file.endswith(".json")
+            )
+            return [(name, version) for name, version in found if (self._volume / name / version).is_dir()]
 
     def read(self, name: str, version: str) -> tuple[PublishedFile, ...]:
         """The files of a version, each with its SHA-256. Raises IntegrityError if its manifest is none."""
         manifest, directory = self.path(name, version), self._volume / name / version
-        if not manifest.exists():
-            raise WeightctlError(
-                f"nobody knows what {directory} should hold: {manifest} is missing", "push the model again"
-            )
         with translated_os_errors(f"read {manifest}"):
+            if not manifest.exists():
+                raise WeightctlError(
+                    f"nobody knows what {directory} should hold: {manifest} is missing", "push the model again"
+                )
             content = manifest.read_bytes()
         try:
             return tuple(

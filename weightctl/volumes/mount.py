@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from weightctl import storage
-from weightctl.errors import UsageError, WeightctlError
+from weightctl.errors import UsageError, WeightctlError, translated_os_errors
 from weightctl.volumes import leases
 from weightctl.volumes.base import Version
 from weightctl.volumes.manifests import Manifests
@@ -24,11 +24,12 @@ class Mount:
     """VOLUME/NAME/VERSION/files and VOLUME/NAME/latest → VERSION; everything else is below VOLUME/.weightctl."""
 
     def __init__(self, path: Path) -> None:
-        if not path.is_dir():
-            what = "is not a directory" if path.exists() else "does not exist"
-            raise UsageError(f"the volume {path} {what}", "mount it, or create the directory, first")
+        with translated_os_errors(f"open the volume {path}"):
+            if not path.is_dir():
+                what = "is not a directory" if path.exists() else "does not exist"
+                raise UsageError(f"the volume {path} {what}", "mount it, or create the directory, first")
+            self._mounted = path.stat()
         self.path = path.absolute()
-        self._mounted = path.stat()
         self._control = self.path / ".weightctl"
         self.staging = Staging(self._control / "staging")
         self.manifests = Manifests(self._control / "manifests", self.path)

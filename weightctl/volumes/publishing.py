@@ -137,6 +137,7 @@ class Push:
         for file in snapshot.files:
             while error := _reading_fails(path / file.path):
                 if error.errno != errno.EIO or time.monotonic() > deadline:
+                    self.mount.check()
                     raise WeightctlError(
                         f"{path / file.path} cannot be read where it was published: {error.strerror}",
                         "this mount loses files when their directory is renamed: mount it in another way",
