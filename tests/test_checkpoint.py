@@ -155,6 +155,7 @@ LIES = {
     "a shape of booleans": described({"x": {**tensor(0, 1), "shape": [True]}}, b"1"),
     "a shape of many dimensions": described({"x": tensor(0, 1, [1] * 100_000)}, b"1"),
     "a shape whose product overflows": described({"x": tensor(0, 0, [1 << 32, 1 << 32])}),
+    "a shape whose strides overflow": described({"x": tensor(0, 0, [0, 1 << 32, 1 << 32])}),
     "no offsets": described({"x": {"dtype": "U8", "shape": [1]}}, b"1"),
     "one offset": described({"x": {**tensor(0, 1), "data_offsets": [0]}}, b"1"),
     "three offsets": described({"x": {**tensor(0, 1), "data_offsets": [0, 1, 1]}}, b"1"),

@@ -58,6 +58,11 @@ class Checkpoint:
         """The size of the weight files together."""
         return sum(file.size for file in self.files)
 
+    @property
+    def paths(self) -> list[str]:
+        """Of the weight files, as libraries take them."""
+        return [str(file.source) for file in self.files]
+
 
 def read_checkpoint(snapshot: Snapshot) -> Checkpoint:
     """Find the weight files of a model and read their headers.
@@ -93,7 +98,8 @@ def _shard(snapshot: Snapshot, name: str) -> File:
     if file := snapshot.file(check_path(name)):
         return file
     raise IntegrityError(
-        f"the index of {snapshot.root} names {name!r}, which is not there", "pull the model again, with all its shards"
+        f"the index of {snapshot.root} names {name[:200]!r}, which is not there",
+        "pull the model again, with all its shards",
     )
 
 
@@ -108,10 +114,10 @@ def _weight_map(snapshot: Snapshot, stem: str, suffix: str) -> dict[str, str]:
         content = _parse_json(index.source.read_bytes(), str(index.source))
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise IntegrityError(f"{index.source} has no weight_map")
+        raise IntegrityError(f"{index.source} has no weight_map", _DAMAGED)
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
-            raise IntegrityError(f"{index.source}: the weight_map gives {name!r} no file name")
+            raise IntegrityError(f"{index.source}: the weight_map gives {name[:200]!r} no file name", _DAMAGED)
     return weight_map
 
 
@@ -123,12 +129,15 @@ def _one_of_each(tensors: Iterable[TensorEntry], owners: dict[str, str]) -> list
             chosen[entry.name] = entry
         elif owners.get(entry.name) != other.file.path:
             raise IntegrityError(
-                f"two files hold the tensor {entry.name!r}: {other.file.path} and {entry.file.path}",
+                f"two files hold the tensor {entry.name[:200]!r}: {other.file.path} and {entry.file.path}",
                 "an index file (model.safetensors.index.json) says which shards belong to the model",
             )
     for name, shard in owners.items():
         if name not in chosen or chosen[name].file.path != shard:
-            raise IntegrityError(f"the index says that {shard} holds the tensor {name!r}, which it does not")
+            raise IntegrityError(
+                f"the index says that {shard} holds the tensor {name[:200]!r}, which it does not",
+                "pull the model again: its files are not of one revision",
+            )
     return list(chosen.values())
 
 
@@ -139,10 +148,10 @@ def read_safetensors_header(file: File) -> list[TensorEntry]:
         size = os.fstat(stream.fileno()).st_size
         prefix = stream.read(8)
         if len(prefix) < 8:
-            raise IntegrityError(f"{path} is no safetensors file: it has {size} bytes")
+            raise IntegrityError(f"{path} is no safetensors file: it has {size} bytes", _DAMAGED)
         length = int.from_bytes(prefix, "little")
         if length > MAX_HEADER_BYTES or length > size - 8:
-            raise IntegrityError(f"{path}: its header claims {length} bytes, the file has {size}", _TRUNCATED)
+            raise IntegrityError(f"{path}: its header claims {length} bytes, the file has {size}", _DAMAGED)
         header = _parse_json(stream.read(length), f"the header of {path}")
     start = 8 + length
     entries = [
@@ -153,31 +162,38 @@ def read_safetensors_header(file: File) -> list[TensorEntry]:
     for entry in entries:
         if entry.offset != end:
             what = "overlaps the one before it" if entry.offset < end else "leaves a gap before it"
-            raise IntegrityError(f"{path}: the tensor {entry.name!r} {what}")
+            raise IntegrityError(f"{path}: the tensor {entry.name[:200]!r} {what}", _DAMAGED)
         end += entry.nbytes
     if end != size:
-        raise IntegrityError(f"{path} has {size} bytes, its header describes {end}", _TRUNCATED)
+        raise IntegrityError(f"{path} has {size} bytes, its header describes {end}", _DAMAGED)
     return entries
 
 
-_TRUNCATED = "the file is truncated or damaged: fetch it again"
+_DAMAGED = "it is truncated or damaged: fetch it again"
 
 
 def _entry(file: File, start: int, available: int, name: str, value: Any) -> TensorEntry:
     where = f"{file.source}: the tensor {name[:200]!r}"
     if not isinstance(value, dict):
-        raise IntegrityError(f"{where} is not described by an object")
+        raise IntegrityError(f"{where} is not described by an object", _DAMAGED)
     dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise IntegrityError(f"{where} has the unknown dtype {reprlib.repr(dtype)}")
-    if not _naturals(shape, MAX_DIMENSIONS):
-        raise IntegrityError(f"{where} has the impossible shape {reprlib.repr(shape)}")
+        raise IntegrityError(f"{where} has the unknown dtype {reprlib.repr(dtype)}", _DAMAGED)
+    if not is_shape(shape):
+        raise IntegrityError(f"{where} has the impossible shape {reprlib.repr(shape)}", _DAMAGED)
     if not _naturals(offsets, 2) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= available:
-        raise IntegrityError(f"{where} has offsets outside of the file: {reprlib.repr(offsets)}", _TRUNCATED)
+        raise IntegrityError(f"{where} has offsets outside of the file: {reprlib.repr(offsets)}", _DAMAGED)
     nbytes = offsets[1] - offsets[0]
     if math.prod(shape) * DTYPE_BITS[dtype] != nbytes * 8:
-        raise IntegrityError(f"{where} has {nbytes} bytes, which {dtype} of shape {reprlib.repr(shape)} has not")
+        raise IntegrityError(
+            f"{where} has {nbytes} bytes, which {dtype} of shape {reprlib.repr(shape)} has not", _DAMAGED
+        )
     return TensorEntry(name, file, start + offsets[0], nbytes, dtype, tuple(shape))
+
+
+def is_shape(value: object) -> TypeGuard[list[int]]:
+    """Whether torch can make a tensor of that shape: one without elements has strides too, of 63 bits."""
+    return _naturals(value, MAX_DIMENSIONS) and math.prod(max(length, 1) for length in value) < 1 << 63
 
 
 def _naturals(value: object, most: int) -> TypeGuard[list[int]]:
@@ -192,13 +208,13 @@ def _parse_json(data: bytes, what: str) -> dict[str, Any]:
         if len(found) != len(pairs):
             seen: set[str] = set()
             double = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-            raise IntegrityError(f"{what} has the key {double[:200]!r} twice")
+            raise IntegrityError(f"{what} has the key {double[:200]!r} twice", _DAMAGED)
         return found
 
     try:
         value = json.loads(data.decode(), object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"{what} is not valid JSON: {error}") from error
+        raise IntegrityError(f"{what} is not valid JSON: {error}", _DAMAGED) from error
     if not isinstance(value, dict):
-        raise IntegrityError(f"{what} is not a JSON object")
+        raise IntegrityError(f"{what} is not a JSON object", _DAMAGED)
     return value

@@ -51,13 +51,13 @@ class Crew:
 
 
 @contextlib.contextmanager
-def crew(size: int, device: str = "cpu") -> Iterator[Crew]:
-    """Start them, and end them."""
+def crew(size: int, device: str = "cpu", timeout: float = SECONDS) -> Iterator[Crew]:
+    """Start them, and end them. Their groups wait for `timeout` seconds."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as scratch:
         pipes = [context.Pipe() for _ in range(size)]
         processes = [
-            context.Process(target=_work, args=(rank, size, device, f"{scratch}/store", pipe[1]), daemon=True)
+            context.Process(target=_work, args=(rank, size, device, timeout, f"{scratch}/store", pipe[1]), daemon=True)
             for rank, pipe in enumerate(pipes)
         ]
         for process, pipe in zip(processes, pipes, strict=True):
@@ -73,7 +73,7 @@ def crew(size: int, device: str = "cpu") -> Iterator[Crew]:
                 process.join()
 
 
-def _work(rank: int, size: int, device: str, store: str, connection: Connection) -> None:
+def _work(rank: int, size: int, device: str, timeout: float, store: str, connection: Connection) -> None:
     for variable in [name for name in os.environ if name.startswith("WEIGHTCTL_")]:
         del os.environ[variable]
     os.environ.update(HOME=os.path.dirname(store), XDG_CONFIG_HOME=os.path.dirname(store))
@@ -86,7 +86,7 @@ def _work(rank: int, size: int, device: str, store: str, connection: Connection)
         store=distributed.FileStore(store, size),
         rank=rank,
         world_size=size,
-        timeout=timedelta(seconds=SECONDS),
+        timeout=timedelta(seconds=timeout),
     )
     groups = [distributed.new_group(list(range(count + 1))) for count in range(size)]
     while True:

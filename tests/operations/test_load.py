@@ -191,6 +191,8 @@ def test_code_that_a_model_brings_along_does_not_run(tmp_path: Path) -> None:
         ({"a": {"b": torch.ones(1)}}, "'a'"),
         ({1: torch.ones(1)}, "1"),
         (torch.ones(1), "Tensor"),
+        ({"a": torch.ones(2).to_sparse()}, "'a' is sparse"),
+        ({"a": torch.empty(3, device="meta")}, "without bytes"),
     ],
 )
 def test_what_is_no_state_dict_is_refused(tmp_path: Path, content: object, word: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from weightctl.errors import IntegrityError, UsageError, WeightctlError, translated_os_errors
+from weightctl.errors import IntegrityError, NotInstalledError, UsageError, WeightctlError, translated_os_errors
 from weightctl.model import File, Snapshot
 from weightctl.progress import Task
 from weightctl.registry import Backend, Registry
@@ -60,8 +62,10 @@ class Loader(Backend, ABC):
             return None
         return f"the model has no {' or '.join(self.formats)} weights"
 
-    def prepare(self, snapshot: Snapshot) -> None:
+    def prepare(self, snapshot: Snapshot) -> None:  # noqa: ARG002
         """Import everything that `load` needs, so that a clock can start after it."""
+        for module in self.requires:
+            importlib.import_module(module)
 
     def peak_pinned_bytes(self) -> int:
         """The most host memory that this process had pinned at once for such loads, without torch's allocator."""
@@ -149,7 +153,9 @@ def choose_loader(strategy: str, snapshot: Snapshot, device: str = "cpu") -> Loa
 
 
 def choose_device(device: str) -> str:
-    """`auto` is `cuda` where there is one. Raises UsageError for a CUDA device that is not there."""
+    """`auto` is `cuda` where there is one. Raises UsageError for a CUDA device that is not there, or without torch."""
+    if importlib.util.find_spec("torch") is None:
+        raise NotInstalledError("loading", "torch", "torch")
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -165,39 +171,43 @@ _UNREADABLE: tuple[type[Exception], ...] = (
     TypeError, ValueError, struct.error,
 )  # fmt: skip
 
-_FAILURES: tuple[type[Exception], ...] = (OSError, *_UNREADABLE)
+_FAILURES: tuple[type[Exception], ...] = (ImportError, OSError, *_UNREADABLE)
 
 
 @contextlib.contextmanager
-def translated_read_errors(path: Path, *more: type[Exception]) -> Iterator[None]:
-    """Turn what a library raises over a file that it cannot read (also `more`) into an IntegrityError."""
-    import torch
-
-    try:
-        with translated_os_errors(f"read {path}"):
-            yield
-    except torch.cuda.OutOfMemoryError as error:
-        raise WeightctlError(
-            f"{path} does not fit into the device's free memory", "free some of it, or load to another device"
-        ) from error
-    except (*_UNREADABLE, *more) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise IntegrityError(f"{path} cannot be read: {reason[:200]}", "it is damaged: fetch it again") from error
-
-
-@contextlib.contextmanager
-def translated_library_errors(library: str, snapshot: Snapshot) -> Iterator[None]:
-    """Turn what a library raises over a model whose headers are in order into a WeightctlError."""
+def translated_memory_errors(what: object) -> Iterator[None]:
+    """Turn torch's error of a device that is full into a WeightctlError."""
     import torch
 
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
         raise WeightctlError(
-            f"{snapshot.name} does not fit into the device's free memory", "free some of it, or load to another device"
+            f"{what} does not fit into the device's free memory", "free some of it, or load to another device"
         ) from error
+
+
+@contextlib.contextmanager
+def translated_read_errors(path: Path, *more: type[Exception]) -> Iterator[None]:
+    """Turn what a library raises over a file that it cannot read (also `more`) into an IntegrityError."""
+    try:
+        with translated_os_errors(f"read {path}"), translated_memory_errors(path):
+            yield
+    except (*_UNREADABLE, *more) as error:
+        reason = str(error).strip().partition("\n")[0]
+        if " " not in reason:  # KeyError
+            reason = repr(error)
+        raise IntegrityError(f"{path} cannot be read: {reason[:200]}", "it is damaged: fetch it again") from error
+
+
+@contextlib.contextmanager
+def translated_library_errors(
+    library: str, snapshot: Snapshot, hint: str = "choose another strategy, or auto"
+) -> Iterator[None]:
+    """Turn what a library raises over a model whose headers are in order into a WeightctlError."""
+    try:
+        with translated_memory_errors(snapshot.name):
+            yield
     except _FAILURES as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise WeightctlError(
-            f"{library} cannot load {snapshot.name}: {reason[:300]}", "choose another strategy, or auto"
-        ) from error
+        raise WeightctlError(f"{library} cannot load {snapshot.name}: {reason[:300]}", hint) from error

@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
+from weightctl.checkpoint import Checkpoint
 from weightctl.config import Config
-from weightctl.loaders.base import Loader, loaders, translated_library_errors
-from weightctl.loaders.safetensors import own_checkpoint
-from weightctl.model import Snapshot
+from weightctl.loaders.base import loaders
+from weightctl.loaders.peers import PeerLoader
 
 if TYPE_CHECKING:
     import torch
 
 
 @loaders.register("fastsafetensors")
-class FastSafetensorsLoader(Loader):
+class FastSafetensorsLoader(PeerLoader):
     """`fastsafetensors.fastsafe_open`."""
 
     summary = "the fastsafetensors library"
     requires: ClassVar[Mapping[str, str]] = {"torch": "torch", "fastsafetensors": "loaders"}
-    formats = ("safetensors",)
 
-    def prepare(self, snapshot: Snapshot) -> None:  # noqa: ARG002
-        """Import the library."""
-        import fastsafetensors  # noqa: F401
-
-    def load(self, snapshot: Snapshot, device: str) -> dict[str, torch.Tensor]:
+    def stream(self, checkpoint: Checkpoint, device: str) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors of a file are views of one buffer."""
         from fastsafetensors import fastsafe_open
 
-        checkpoint = own_checkpoint(snapshot)
-        gds = Config.load().fastsafetensors_gds
-        paths = [str(file.source) for file in checkpoint.files]
-        with (
-            translated_library_errors("fastsafetensors", snapshot),
-            fastsafe_open(paths, device="cuda:0" if device == "cuda" else device, nogds=not gds) as opened,
-        ):
-            return {entry.name: opened.get_tensor(entry.name) for entry in checkpoint.tensors}
+        with fastsafe_open(checkpoint.paths, device=device, nogds=not Config.load().fastsafetensors_gds) as opened:
+            for entry in checkpoint.tensors:
+                yield entry.name, opened.get_tensor(entry.name)

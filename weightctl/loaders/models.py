@@ -82,7 +82,7 @@ class Blank:
         if own_format(snapshot) == "tensorizer":
             samples = {entry.name: torch.empty(0, dtype=entry.dtype, device="meta") for entry in stored.entries}
         else:
-            files = [str(file.source) for file in read_checkpoint(snapshot).files]
+            files = read_checkpoint(snapshot).paths
         config, dtype = modeling_utils._get_dtype(dtype, files, config, None, samples, True)
         config.name_or_path = str(snapshot.root)
         with ContextManagers(cls.get_init_context(dtype, False, False, None)):

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from weightctl.config import Config
 from weightctl.digests import unchanging
-from weightctl.errors import WeightctlError, translated_os_errors
-from weightctl.loaders.base import Loader, loaders
+from weightctl.errors import translated_os_errors
+from weightctl.loaders.base import Loader, loaders, translated_memory_errors
 from weightctl.loaders.blocks import PAGE_BYTES, Block, Shard, plan
 from weightctl.loaders.buffers import Buffers
 from weightctl.loaders.lanes import CudaLane, Lane, StraightLane, pinned
@@ -66,10 +66,6 @@ class PipelinedLoader(Loader):
     requires: ClassVar[Mapping[str, str]] = {"torch": "torch", "numpy": "torch"}
     formats = ("safetensors",)
 
-    def prepare(self, snapshot: Snapshot) -> None:  # noqa: ARG002
-        """Import torch."""
-        import torch  # noqa: F401
-
     def peak_pinned_bytes(self) -> int:
         """The slabs of all lanes."""
         return pinned.peak
@@ -104,8 +100,6 @@ def load_shards(shards: Sequence[Shard], device: str, lane: type[Lane], tuning: 
 
     The first failure stops them all. Of memory, threads and descriptors, only the tensors' own outlives this.
     """
-    import torch
-
     buffers = Buffers(shards, device)
     sources = [Source(shard.path, shard.file_bytes) for shard in shards]
     blocks = deque((index, block) for index, shard in enumerate(shards) for block in shard.blocks)
@@ -119,12 +113,9 @@ def load_shards(shards: Sequence[Shard], device: str, lane: type[Lane], tuning: 
     readers = min(tuning.readers, len(blocks))
     try:
         if readers:
-            in_parallel(bring, range(readers), readers)
+            with translated_memory_errors("the model"):
+                in_parallel(bring, range(readers), readers)
         return buffers.tensors()
-    except torch.cuda.OutOfMemoryError as error:
-        raise WeightctlError(
-            f"the memory of {device} ran out while the model was loaded", "free some of it, or load to another device"
-        ) from error
     finally:
         buffers.clear()  # the traceback of an error would keep them
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Letter = Mapping[str, Any]
 """What one rank tells all others: JSON."""
+
+LEAVING = 0x77656967
+"""The tag of messages that nobody sends."""
 
 
 def this_host() -> str:
@@ -49,18 +54,21 @@ class Ranks:
             raise UsageError("this process does not belong to the process group", "load in its members only")
         self.size = distributed.get_world_size(group)
         self._device = _own_device(group, device)
+        self._over = False
 
     def agree(self, work: Callable[[], T], tell: Callable[[T], Letter] = lambda _: {}) -> tuple[T, list[Letter]]:
         """What `work` gives here, and what each rank has to `tell` of its own. If it fails on one, it does on all.
 
-        Every rank calls it, as often as every other. Raises the rank's own error, or the first rank's that has one.
+        Every rank calls it, as often as every other; `work` may do so too. Raises the rank's own error, or the first
+        rank's that has one: then that was their last exchange.
         """
         try:
             result = work()
             letter = tell(result)
         except BaseException as error:
-            with contextlib.suppress(WeightctlError):  # that the others are gone is not what failed first
-                self._exchange(_complaint(error))
+            if not self._over:
+                with contextlib.suppress(WeightctlError):  # that the others are gone is not what failed first
+                    self._exchange(_complaint(error))
             raise
         letters = self._exchange(letter)
         for rank, other in enumerate(letters):
@@ -83,7 +91,9 @@ class Ranks:
         encoded = json.dumps(letter).encode()
         longest = int(self._gather(torch.tensor([len(encoded)])).max())
         letters = self._gather(torch.frombuffer(bytearray(encoded.ljust(longest)), dtype=torch.uint8))
-        return [json.loads(bytes(letter.tolist())) for letter in letters]
+        found = [json.loads(bytes(letter.tolist())) for letter in letters]
+        self._over = any("error" in letter for letter in found)
+        return found
 
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
         import torch
@@ -91,7 +101,7 @@ class Ranks:
 
         sent = tensor.to(self._device)
         received = [torch.empty_like(sent) for _ in range(self.size)]
-        with translated_group_errors():
+        with translated_group_errors(self.group):
             distributed.all_gather(received, sent, group=self.group)
             return torch.stack(received).cpu()
 
@@ -146,19 +156,42 @@ class Team:
                 P2POp(irecv, part, self.addresses[other], self.group),
             )
         ]
-        return batch_isend_irecv(operations)
+        works = batch_isend_irecv(operations)
+        # Receives first: of a partner that dies gloo tells them, but not a send that is half on its way.
+        return [*works[1::2], *works[::2]]
 
 
 @contextlib.contextmanager
-def translated_group_errors() -> Iterator[None]:
-    """Turn what torch.distributed raises into a WeightctlError."""
+def translated_group_errors(group: ProcessGroup | None = None) -> Iterator[None]:
+    """Turn what torch.distributed raises into a WeightctlError, and leave `group`, if it is one of gloo's."""
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
+        if group is not None:
+            _leave(group)
+        reason = re.sub(r"^\[[^]]*] ", "", str(error).strip()).partition("\n")[0].partition(". ")[0]
         raise WeightctlError(
             f"the ranks lost each other: {reason[:300]}", "another rank may have ended: its own error says why"
         ) from error
+
+
+def _leave(group: ProcessGroup) -> None:
+    """Close this rank's connections: those who wait for it learn by that what it knows, and leave too.
+
+    Of gloo's ranks only those are told who were just then waiting for the one that died. Its groups cannot be aborted,
+    but a wait that takes too long closes every connection of the rank. NCCL has a watchdog of its own.
+    """
+    import torch
+    from torch import distributed
+
+    if set(_backends(group).values()) != {"gloo"}:
+        return
+    for other in distributed.get_process_group_ranks(group):
+        if other != distributed.get_rank():
+            with contextlib.suppress(RuntimeError):
+                nothing = distributed.irecv(torch.empty(1), other, group, tag=LEAVING)
+                assert nothing is not None
+                nothing.wait(timedelta(milliseconds=1))
 
 
 def check_backend(group: ProcessGroup, device: str) -> None:

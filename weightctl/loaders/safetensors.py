@@ -42,11 +42,6 @@ class SafetensorsLoader(FormatLoader):
     formats = ("safetensors",)
     filename = "model.safetensors"
 
-    def prepare(self, snapshot: Snapshot) -> None:  # noqa: ARG002
-        """Import the library."""
-        import safetensors  # noqa: F401
-        import torch  # noqa: F401
-
     def load(self, snapshot: Snapshot, device: str) -> dict[str, torch.Tensor]:
         """On the CPU, with the backend mmap, the tensors are views of the mapped files."""
         return self.load_part(snapshot, device)
@@ -67,8 +62,9 @@ class SafetensorsLoader(FormatLoader):
             _check_prefetch(device)
         tensors: dict[str, torch.Tensor] = {}
         for file, entries in itertools.groupby(wanted, key=lambda entry: entry.file):
+            chosen = [described(entry).name for entry in entries]
             with translated_read_errors(file.source, SafetensorError):
-                found = _loaded(file.source, [entry.name for entry in entries], device, backend)
+                found = _loaded(file.source, chosen, device, backend)
                 tensors.update(convert(found, dtypes))
         return tensors
 
@@ -136,10 +132,19 @@ def described(entry: TensorEntry) -> Entry:
     """As torch sees it. Raises UsageError for a dtype that torch has not."""
     import torch
 
+    shape = entry.shape
     if entry.dtype not in TORCH_DTYPES:
-        raise UsageError(f"{entry.file.source}: torch has no dtype for {entry.dtype}, which {entry.name!r} has")
-    shape = (*entry.shape[:-1], entry.shape[-1] // 2) if entry.dtype == "F4" else entry.shape
+        raise _unfit(entry, f"is {entry.dtype}, for which torch has no dtype")
+    if entry.dtype == "F4":
+        if shape[-1] % 2:
+            raise _unfit(entry, f"has rows of {shape[-1]} F4, of which torch takes two together")
+        shape = (*shape[:-1], shape[-1] // 2)
     return Entry(entry.name, getattr(torch, TORCH_DTYPES[entry.dtype]), shape, entry.nbytes)
+
+
+def _unfit(entry: TensorEntry, reason: str) -> UsageError:
+    where = f"{entry.file.source}: the tensor {entry.name[:200]!r}"
+    return UsageError(f"{where} {reason}", "name the other tensors, to load those: tensors=[…]")
 
 
 def _read(entry: TensorEntry) -> torch.Tensor:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from weightctl.config import Config
 from weightctl.digests import unchanging
-from weightctl.errors import IntegrityError, UsageError, WeightctlError, translated_os_errors
+from weightctl.errors import IntegrityError, UsageError, translated_os_errors
+from weightctl.loaders.base import Loader, translated_memory_errors
 from weightctl.loaders.blocks import Block, Shard
 from weightctl.loaders.buffers import Buffers
 from weightctl.loaders.lanes import CudaLane, StraightLane
@@ -56,11 +57,36 @@ def load_together(
     their models are not the same. Storage is read once for each host. Of memory, threads and descriptors, only the
     tensors' own outlives this.
     """
-    ranks = Ranks(group, device)
+    return _load_together(Ranks(group, device), wanted, plan or {})
+
+
+class SharedLoader(Loader):
+    """`pipelined`, by all ranks of a process group: each of them makes the same calls."""
+
+    name = "pipelined"
+    formats = ("safetensors",)
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+
+    def load(self, snapshot: Snapshot, device: str) -> dict[str, torch.Tensor]:
+        """See `load_together`."""
+        return self.load_part(snapshot, device)
+
+    def load_part(
+        self,
+        snapshot: Snapshot,
+        device: str,
+        names: Collection[str] | None = None,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """What is not wanted is read by nobody."""
+        return _load_together(self._ranks, lambda: Wanted(snapshot, device, names, dtypes), {})
+
+
+def _load_together(ranks: Ranks, wanted: Callable[[], Wanted], plan: Plan) -> dict[str, torch.Tensor]:
     with contextlib.ExitStack() as files:
-        (asked, _), letters = ranks.agree(
-            lambda: _read_headers(wanted(), plan or {}, ranks, files), lambda read: read[1]
-        )
+        (asked, _), letters = ranks.agree(lambda: _read_headers(wanted(), plan, ranks, files), lambda read: read[1])
         _check_alike(letters)
         team = ranks.team([letter["host"] for letter in letters])
         relay, _ = ranks.agree(lambda: Relay(asked, team))
@@ -165,20 +191,13 @@ class Relay:
 
     def run(self) -> None:
         """Bring everything. Raises what this rank raises; returns early if another has failed."""
-        import torch
-
         readers = min(self._tuning.readers, len(self._blocks) + len(self._own))
-        with ThreadPoolExecutor(1) as pool:
+        with translated_memory_errors("the model"), ThreadPoolExecutor(1) as pool:
             exchanging = pool.submit(self._exchange)
             try:
                 if readers:
                     in_parallel(self._read, range(readers), readers)
                 exchanging.result()
-            except torch.cuda.OutOfMemoryError as error:
-                raise WeightctlError(
-                    f"the memory of {self.buffers.device} ran out while the model was loaded",
-                    "free some of it, or load to another device",
-                ) from error
             finally:
                 self._stop()
 
@@ -236,7 +255,7 @@ class Relay:
         begun: deque[_Begun] = deque()
         numbers = deque(number for number, window in enumerate(self._windows) if window.exchange)
         try:
-            with translated_group_errors(), self._own_stream():
+            with translated_group_errors(self._team.group), self._own_stream():
                 while numbers or begun:
                     if numbers and len(begun) < DEPTH:
                         begun.append(self._begin(numbers.popleft()))

@@ -132,7 +132,7 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 def listed(names: Iterable[str], limit: int = 5) -> str:
     """A few names, and how many more there are."""
-    names = sorted(names)
+    names = sorted(name[:200] for name in names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 

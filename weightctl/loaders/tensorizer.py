@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from weightctl.checkpoint import is_shape
 from weightctl.config import Config
 from weightctl.digests import Check
 from weightctl.errors import IntegrityError, NotInstalledError, UsageError, translated_os_errors
@@ -46,12 +47,6 @@ class TensorizerLoader(FormatLoader):
     requires: ClassVar[Mapping[str, str]] = {"torch": "tensorizer", "tensorizer": "tensorizer"}
     formats = ("tensorizer",)
     filename = "model.tensors"
-
-    def prepare(self, snapshot: Snapshot) -> None:  # noqa: ARG002
-        """Import the library."""
-        import tensorizer
-
-        assert tensorizer.TensorDeserializer
 
     def load(self, snapshot: Snapshot, device: str) -> dict[str, torch.Tensor]:
         """Tied tensors are one tensor under several names."""
@@ -250,7 +245,7 @@ def _extras(path: Path, names: set[str]) -> tuple[dict[str, str], dict[str, Entr
         ties, empty = dict(extras["ties"]), {}
         for name, (dtype, shape) in extras["empty"].items():
             empty[name] = Entry(name, torch.empty(0, dtype=getattr(torch, dtype)).dtype, tuple(shape), 0)
-            if math.prod(shape) or not all(type(length) is int and 0 <= length < 1 << 63 for length in shape):
+            if not is_shape(shape) or 0 not in shape:
                 raise ValueError(f"{name!r} is not empty")
         if names & (ties.keys() | empty.keys()) or ties.keys() & empty.keys() or not names >= set(ties.values()):
             raise ValueError("its tied or empty tensors are others at the same time")

@@ -27,10 +27,6 @@ class TorchLoader(FormatLoader):
     formats = ("torch",)
     filename = "pytorch_model.bin"
 
-    def prepare(self, snapshot: Snapshot) -> None:  # noqa: ARG002
-        """Import torch."""
-        import torch  # noqa: F401
-
     def load(self, snapshot: Snapshot, device: str) -> dict[str, torch.Tensor]:
         """Tied tensors stay tied. On the CPU the tensors are views of the mapped files."""
         tensors: dict[str, torch.Tensor] = {}
@@ -82,9 +78,11 @@ def _load(path: Path, device: str) -> dict[str, torch.Tensor]:
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds a {type(content).__name__}, not a state dict", _WANTED)
     for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise UsageError(f"{path} is no plain state dict: {name!r} is a {type(value).__name__}", _WANTED)
-    return {name: value.detach() for name, value in content.items()}
+        if value.layout is not torch.strided or value.is_nested or value.is_meta:
+            raise UsageError(f"{path} is no plain state dict: {name!r} is sparse, nested or without bytes", _WANTED)
+    return {name: value.detach().resolve_conj().resolve_neg() for name, value in content.items()}
 
 
 _WANTED = "weightctl reads a dict of names and dense tensors, as model.state_dict() gives"

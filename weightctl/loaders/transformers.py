@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from weightctl.errors import UsageError, WeightctlError, translated_os_errors
-from weightctl.loaders.base import Loader, loaders, open_stored
+from weightctl.loaders.base import Loader, loaders, open_stored, translated_library_errors
 from weightctl.loaders.stored import listed
 from weightctl.model import Snapshot
 
@@ -41,9 +40,8 @@ class TransformersLoader(Loader):
         return None
 
     def prepare(self, snapshot: Snapshot) -> None:
-        """Import the model's own module, which transformers does at first use."""
-        importlib.import_module("accelerate")
-
+        """Import the model's own module too, which transformers does at first use."""
+        super().prepare(snapshot)
         config_and_class(snapshot)
 
     def load(self, snapshot: Snapshot, device: str) -> dict[str, torch.Tensor]:
@@ -119,24 +117,15 @@ def config_and_class(snapshot: Snapshot) -> tuple[Any, Any]:
 @contextlib.contextmanager
 def translated_errors(snapshot: Snapshot) -> Iterator[None]:
     """What transformers raises over a model that it cannot load; a damaged file is found before it sees it."""
-    import torch
     from transformers.utils import logging
 
     drawing, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # its report of missing keys is an error here
+    hint = "weightctl.load gives the tensors without a model; weightctl runs no code that a model brings along"
     try:
-        yield
-    except torch.cuda.OutOfMemoryError as error:
-        raise WeightctlError(
-            f"{snapshot.name} does not fit into the device's free memory", "free some of it, or load to another device"
-        ) from error
-    except (AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise WeightctlError(
-            f"transformers cannot load {snapshot.name}: {reason[:300]}",
-            "weightctl.load gives the tensors without a model; weightctl runs no code that a model brings along",
-        ) from error
+        with translated_library_errors("transformers", snapshot, hint):
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if drawing:

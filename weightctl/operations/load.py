@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from weightctl.config import Config
+from weightctl.config import Config, expanded
 from weightctl.errors import UsageError
 from weightctl.loaders import Loader, choose_device, choose_loader, open_stored
 from weightctl.loaders.models import build_model, converted_dtypes
 from weightctl.loaders.modules import fill_module
-from weightctl.loaders.shared import Wanted, load_together
+from weightctl.loaders.ranks import Ranks
+from weightctl.loaders.shared import SharedLoader, Wanted, load_together
 from weightctl.loaders.slices import Plan
 from weightctl.loaders.transformers import TransformersLoader
 from weightctl.model import Snapshot, matches
@@ -23,6 +24,8 @@ from weightctl.progress import Progress
 if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
 
 
 def load(
@@ -52,20 +55,21 @@ def load(
     a device of its own. Those of one host read every byte once between them, and exchange it. With a `plan` each has
     its slices: glob over names of tensors or of their modules → the dimension to cut along as `torch.chunk` does
     (`colwise` and `rowwise` as transformers means them); what no glob matches is whole. If one rank fails, all raise.
+    With gloo they do so as soon as one was killed, and the group is of no use then. What else keeps a rank silent (a
+    host that has vanished; with NCCL, a kill) ends them after the group's timeout: `init_process_group(timeout=…)`.
 
     Raises UsageError for what cannot be, IntegrityError if the model's files are damaged, or differ between ranks.
     """
 
+    if plan is not None and process_group is None:
+        raise UsageError("a plan is for the ranks of a process group, and there is none", "give process_group")
+
     def wanted() -> Wanted:
-        if strategy not in ("auto", "pipelined"):
-            raise UsageError(f"{strategy} does not load for a process group", "take strategy auto, or no process_group")
-        snapshot, _, chosen = _chosen(model, device, "pipelined", revision, include, exclude, progress)
+        snapshot, _, chosen = _chosen(model, device, _shared(strategy), revision, include, exclude, progress)
         return Wanted(snapshot, chosen, _names(snapshot, tensors), _dtypes(snapshot, dtype))
 
     if process_group is not None:
         return load_together(process_group, device, wanted, plan)
-    if plan is not None:
-        raise UsageError("a plan is for the ranks of a process group, and there is none", "give process_group")
     snapshot, loader, device = _chosen(model, device, strategy, revision, include, exclude, progress)
     return loader.load_part(snapshot, device, _names(snapshot, tensors), _dtypes(snapshot, dtype))
 
@@ -76,6 +80,7 @@ def load_into(
     device: str = "auto",
     strategy: str = "auto",
     *,
+    process_group: ProcessGroup | None = None,
     revision: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -85,11 +90,15 @@ def load_into(
 
     What is on the meta device is replaced by the loaded tensor, without a copy, in the dtype that the files give; what
     has memory already is copied into, and keeps its dtype and device. Tied parameters stay tied. The rest is as for
-    `load`. Raises WeightctlError, listing them, for tensors that are missing, unexpected or of another shape; the
-    module is unchanged then.
+    `load`; with a `process_group`, every rank fills a module of its own with the whole model. Raises WeightctlError,
+    listing them, for tensors that are missing, unexpected or of another shape; the module is unchanged then.
     """
-    snapshot, loader, device = _chosen(model, device, strategy, revision, include, exclude, progress)
-    fill_module(module, loader.load_part(snapshot, device), snapshot.name)
+
+    def fill(shared: Ranks | None = None) -> None:
+        snapshot, loader, chosen = _chosen(model, device, strategy, revision, include, exclude, progress, shared)
+        fill_module(module, loader.load_part(snapshot, chosen), snapshot.name)
+
+    _by_all(process_group, device, fill)
 
 
 def load_model(
@@ -98,6 +107,7 @@ def load_model(
     strategy: str = "auto",
     *,
     dtype: str | torch.dtype = "auto",
+    process_group: ProcessGroup | None = None,
     revision: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -107,16 +117,29 @@ def load_model(
 
     Equal to what `from_pretrained` gives: `dtype` (`bfloat16`) is its argument, and `auto` what config.json says. The
     parameters are the loaded tensors themselves, so that the device holds the model once; only what transformers
-    fuses (experts) is there twice for a moment, 1 GiB or a fiftieth of the model at a time. The rest is as for `load`.
-    Raises WeightctlError, listing them, for tensors that are missing, unexpected or of another shape.
+    fuses (experts) is there twice for a moment, 1 GiB or a fiftieth of the model at a time. The rest is as for `load`;
+    with a `process_group`, every rank gets the whole model. Raises WeightctlError, listing them, for tensors that are
+    missing, unexpected or of another shape.
     """
-    wanted = dtype if dtype == "auto" else parse_dtype(dtype)
-    assert wanted is not None
-    snapshot, loader, device = _chosen(model, device, strategy, revision, include, exclude, progress)
-    TransformersLoader.require()
-    if isinstance(loader, TransformersLoader):
-        return loader.load_model(snapshot, device, wanted)
-    return build_model(snapshot, loader, device, wanted)
+
+    def build(shared: Ranks | None = None) -> torch.nn.Module:
+        wanted = dtype if dtype == "auto" else parse_dtype(dtype)
+        assert wanted is not None
+        snapshot, loader, chosen = _chosen(model, device, strategy, revision, include, exclude, progress, shared)
+        TransformersLoader.require()
+        if isinstance(loader, TransformersLoader):
+            return loader.load_model(snapshot, chosen, wanted)
+        return build_model(snapshot, loader, chosen, wanted)
+
+    return _by_all(process_group, device, build)
+
+
+def _by_all(group: ProcessGroup | None, device: str, work: Callable[..., T]) -> T:
+    """What `work()` gives, or `work(ranks)` by all ranks of `group`; if it fails on one, it does on all."""
+    if group is None:
+        return work()
+    ranks = Ranks(group, device)
+    return ranks.agree(lambda: work(ranks))[0]
 
 
 def _names(snapshot: Snapshot, globs: Sequence[str]) -> frozenset[str] | None:
@@ -144,15 +167,25 @@ def _chosen(
     include: Sequence[str],
     exclude: Sequence[str],
     progress: Progress,
+    shared: Ranks | None = None,
 ) -> tuple[Snapshot, Loader, str]:
+    strategy = _shared(strategy) if shared else strategy
     config = Config.load({name: v for name, v in (("device", device), ("strategy", strategy)) if v != "auto"})
     text = str(model)
     if isinstance(model, Path) and not model.is_absolute():
         text = f"./{text}"
-    if text.startswith(("/", "./", "../", "~/")) and (path := Path(text).expanduser()).is_file():
+    if text.startswith(("/", "./", "../", "~/")) and (path := expanded(text)).is_file():
         text, include = str(path.parent.absolute()), (glob.escape(path.name), "config.json", "generation_config.json")
     snapshot = resolve(
         text, revision=revision, include=include, exclude=exclude, verify=False, config=config, progress=progress
     )
     chosen = choose_device(config.device)
-    return snapshot, choose_loader(config.strategy, snapshot, chosen), chosen
+    loader = choose_loader(config.strategy, snapshot, chosen)
+    return snapshot, SharedLoader(shared) if shared else loader, chosen
+
+
+def _shared(strategy: str) -> str:
+    """The one that loads for a process group. Raises UsageError if `strategy` is another."""
+    if strategy not in ("auto", "pipelined"):
+        raise UsageError(f"{strategy} does not load for a process group", "take strategy auto, or no process_group")
+    return "pipelined"
