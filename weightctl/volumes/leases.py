@@ -214,9 +214,8 @@ def _is_at(descriptor: int, path: Path) -> bool:
 def _beat(descriptor: int, over: threading.Event) -> None:
     while not over.wait(HEARTBEAT_SECONDS):
         with contextlib.suppress(OSError):  # a network that fails now may be back before we count as dead
-            os.pwrite(
-                descriptor, b" ", OWNER_BYTES - 1
-            )  # sets the time by the volume's clock; utime may set it by ours
+            # The volume times a write by its own clock; utime over sshfs takes this host's, which may be wrong.
+            os.pwrite(descriptor, b" ", OWNER_BYTES - 1)
             os.fsync(descriptor)
 
 
