@@ -43,6 +43,9 @@ class Reference:
     def parse(cls, text: str, revision: str | None = None) -> Reference:
         """Take MODEL apart. `revision`, if given, is the `--revision` flag. Raises UsageError for what is no MODEL."""
         reference = cls._parse(text)
+        asked = revision or reference.revision or ""
+        if reference.source == "huggingface" and ".." in asked:  # git has no such names, and a URL leads elsewhere
+            raise UsageError(f"not a revision: {asked!r}", "give a branch, tag or commit")
         if revision is None:
             return reference
         if reference.source == "directory":

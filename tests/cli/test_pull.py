@@ -258,6 +258,7 @@ def test_what_is_not_there(hub: Hub, home: Path) -> None:
     failed(weightctl("pull", "org/missing", cwd=home), 1, "a directory is written as a path: ./org/missing")
     failed(weightctl("pull", "org/name@nope"), 1, "'nope'", "check the branch, tag or commit")
     failed(weightctl("pull", "org/name", "--revision", "0" * 40), 1, "0" * 40)
+    failed(weightctl("pull", "org/name", "--revision", "../x"), 2, "'../x'", "give a branch, tag or commit")
     failed(weightctl("pull", "org/empty"), 2, "no files in org/empty", "empty")
     failed(weightctl("pull", "org/name", "--include", "*.gguf"), 2, "no files in org/name", "--include")
 
@@ -301,6 +302,8 @@ def test_a_hub_that_is_unwell(hub: Hub) -> None:
     hub.add("org/name", SMALL)
     hub.faults["/api/"] = Fault(status=500, times=1)
     failed(weightctl("pull", "org/name"), 1, "500", "try again later")
+    hub.faults[WEIGHTS] = Fault(status=403)
+    failed(weightctl("pull", "org/name"), 1, "refuses access to org/name (HTTP 403)", "check the token")
 
 
 def test_a_disk_without_room_is_told_before_anything_moves(minilm_hub: Hub, tmp_path: Path) -> None:

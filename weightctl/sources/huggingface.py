@@ -238,23 +238,31 @@ def _translated_errors(model: Reference | Snapshot) -> Iterator[None]:
         raise WeightctlError(f"the Hub has no model {repo_id!r}, or this account may not see it", hint) from error
     except errors.HFValidationError as error:
         raise UsageError(f"not a model of the Hub: {repo_id!r}", "write org/name[@revision]") from error
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
+        answer = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
+        if not isinstance(answer, errors.HfHubHTTPError):
+            raise _no_answer(repo_id, error) from error
+        status = answer.response.status_code
         if status in (401, 403):
             message = f"the Hub refuses access to {repo_id} (HTTP {status})"
             raise WeightctlError(message, f"check the token: {login}") from error
         raise _UnreachableError(f"the Hub answers HTTP {status} for {repo_id}", "try again later") from error
-    except (http_error, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
-        offline = isinstance(error, errors.OfflineModeIsEnabled)
-        reason = "HF_HUB_OFFLINE is set" if offline else f"the connection failed: {error or type(error).__name__}"
-        hint = "check the network (and HF_ENDPOINT, if set); what was finished is kept, so run this again to go on"
-        raise _UnreachableError(
-            f"the Hub cannot be reached for {repo_id}: {str(reason).splitlines()[0]}",
-            "it is not all in the cache: pull it once without HF_HUB_OFFLINE" if offline else hint,
-        ) from error
+    except errors.OfflineModeIsEnabled as error:
+        hint = "it is not all in the cache: pull it once without HF_HUB_OFFLINE"
+        raise _UnreachableError(f"the Hub cannot be reached for {repo_id}: HF_HUB_OFFLINE is set", hint) from error
+    except http_error as error:
+        raise _no_answer(repo_id, error) from error
     except OSError as error:
         with translated_os_errors(f"download {repo_id}"):
             raise error
+
+
+def _no_answer(repo_id: str | None, error: Exception) -> _UnreachableError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return _UnreachableError(
+        f"the Hub cannot be reached for {repo_id}: the connection failed: {reason}",
+        "check the network (and HF_ENDPOINT, if set); what was finished is kept, so run this again to go on",
+    )
 
 
 def _sweep_partial_downloads(snapshot: Snapshot, to: Path | None, config: Config) -> None:
