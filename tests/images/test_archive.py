@@ -12,15 +12,25 @@ import pytest
 
 from tests import models
 from tests.disk import small_disk
-from tests.images.conformance import Image, plan, read_layout
+from tests.images.conformance import Image, ImagesConformance, plan, read_layout
 from tests.services import docker_engine, tool
 from weightctl.config import Config
-from weightctl.errors import IntegrityError, UsageError, WeightctlError
+from weightctl.errors import UsageError, WeightctlError
 from weightctl.images import ArchiveImages, Baked, LayoutImages
 from weightctl.images.archive import TarWriter
 from weightctl.images.oci import ImageName
 from weightctl.images.plan import ImagePlan
 from weightctl.progress import Progress
+
+
+class TestArchive(ImagesConformance):
+    backend = "archive"
+    kept = (False, False, False)
+    holds_several = False
+
+    def read(self, place: str, name: ImageName, scratch: Path) -> Image:
+        tool("skopeo", "copy", "--preserve-digests", f"oci-archive:{place}:{name.tag}", f"oci:{scratch}:{name.tag}")
+        return read_layout(scratch, name.tag)
 
 
 @pytest.fixture
@@ -77,29 +87,6 @@ def test_containerd_imports_it(model: Path, tmp_path: Path) -> None:
         tool("ctr", "--address", address, "images", "import", tmp_path / "m.tar")
         listed = tool("ctr", "--address", address, "images", "list", "--quiet")
     assert "docker.io/library/archive-test:v1" in listed
-
-
-def test_a_base_from_a_layout_lies_below(model: Path, tmp_path: Path) -> None:
-    layout = LayoutImages(str(tmp_path / "layout"))
-    layout.bake(plan(model, "/below"), ImageName.parse("base:v1"), config=Config(), progress=Progress())
-    base = layout.open_base("v1", None)
-    other = models.write_model(tmp_path / "other", seed=9)
-    bake(plan(other, base=base), tmp_path / "m.tar")
-    image = unpacked(tmp_path / "m.tar", tmp_path / "unpacked")
-    assert {path.split("/")[1] for path in image.files} == {"below", "models"}
-    assert [layer["digest"] for layer in image.manifest["layers"]][: len(base.layers)] == [
-        layer.blob.digest for layer in base.layers
-    ]
-
-
-def test_nothing_is_left_of_an_archive_that_failed(tmp_path: Path) -> None:
-    snapshot = models.write_hub_cache(tmp_path / "hub", {"model.safetensors": b"x" * (2 << 20)})
-    image = plan(snapshot)
-    models.flip_bit((snapshot / "model.safetensors").resolve())
-    target = tmp_path / "out" / "m.tar"
-    with pytest.raises(IntegrityError, match="damaged"):
-        bake(image, target)
-    assert list(target.parent.iterdir()) == []
 
 
 def test_a_full_disk(model: Path, tmp_path: Path) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import secrets
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,10 @@ import pytest
 
 from tests import models
 from tests.command import Outcome, weightctl
-from tests.images.conformance import plan, read_layout
+from tests.images.conformance import Image, ImagesConformance, plan, read_layout
 from tests.services import docker_engine, tool
 from weightctl.config import Config
-from weightctl.errors import IntegrityError, UsageError, WeightctlError
+from weightctl.errors import UsageError, WeightctlError
 from weightctl.images import Baked, DockerImages
 from weightctl.images.oci import ImageName
 from weightctl.images.plan import ImagePlan
@@ -32,6 +35,28 @@ def engine() -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def environment(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DOCKER_HOST", engine)
+
+
+class TestDockerImages(ImagesConformance):
+    backend = "docker"
+    kept = (True, False, False)
+    verified = False
+    no_location = "somewhere"
+
+    @pytest.fixture
+    def place(self) -> str:
+        return f"conform{secrets.token_hex(8)}"
+
+    def location(self, place: str) -> str:
+        return ""
+
+    def name(self, place: str, tag: str) -> str:
+        return f"{place}:{tag}"
+
+    def read(self, place: str, name: ImageName, scratch: Path) -> Image:
+        daemon = ("--src-daemon-host", os.environ["DOCKER_HOST"])
+        tool("skopeo", "copy", *daemon, f"docker-daemon:{name}", f"oci:{scratch}:{name.tag}")
+        return replace(read_layout(scratch, name.tag), digest=inspect(str(name))["Id"])
 
 
 @pytest.fixture
@@ -65,18 +90,6 @@ def import_base(name: str) -> None:
         path.unlink()
 
 
-def test_another_tool_reads_the_model_from_the_engine(engine: str, model: Path, tmp_path: Path) -> None:
-    baked = bake(plan(model), "engine-test:v1")
-    assert inspect("engine-test:v1")["Id"] == baked.digest
-    options = ["--src-daemon-host", engine]
-    tool("skopeo", "copy", *options, "docker-daemon:engine-test:v1", f"oci:{tmp_path / 'layout'}:v1")
-    image = read_layout(tmp_path / "layout", "v1")
-    assert image.files == {f"/models/m/{path}": data for path, data in models.contents(model).items()}
-    for member in (member for layer in image.layers for member in layer):
-        assert (member.uid, member.gid, member.mtime) == (0, 0, 0)
-        assert member.mode == (0o755 if member.isdir() else 0o644)
-
-
 def test_a_container_finds_the_files(model: Path, tmp_path: Path) -> None:
     import_base("engine-base:run")
     outcome = weightctl(
@@ -92,19 +105,6 @@ def test_a_container_finds_the_files(model: Path, tmp_path: Path) -> None:
     assert len(sums.splitlines()) == len(models.contents(model))
     content = tool(*run, "cat", "/weights/config.json")
     assert content == (model / "config.json").read_text()
-
-
-def test_only_changed_layers_are_sent_again(model: Path) -> None:
-    first = bake(plan(model), "engine-again:v1")
-    assert not any(layer.reused for layer in first.layers)
-    again = bake(plan(model), "engine-again:v2")
-    assert again.digest == first.digest
-    assert all(layer.reused for layer in again.layers)
-    assert again.written_bytes == 0
-    (model / "config.json").write_text('{"changed": true}')
-    changed = bake(plan(model), "engine-again:v3")
-    assert [layer.reused for layer in changed.layers] == [True, True, False]
-    assert changed.written_bytes == changed.layers[-1].size
 
 
 def test_a_dry_run_says_what_is_there(model: Path) -> None:
@@ -164,16 +164,6 @@ def test_an_engine_image_below_a_layout(model: Path, tmp_path: Path) -> None:
     assert image.files["/bin/busybox"] == Path("/bin/busybox").read_bytes()
     assert image.config["config"]["Entrypoint"] == ["/bin/busybox"]
     assert weightctl("verify", layout, "--against", model).code == 0
-
-
-def test_a_damaged_file_leaves_nothing_in_the_engine(tmp_path: Path) -> None:
-    data = {"model.safetensors": b"x" * (3 << 20), "a.safetensors": b"y" * (3 << 20)}
-    snapshot = models.write_hub_cache(tmp_path / "hub", data)
-    image = plan(snapshot)
-    models.flip_bit((snapshot / "model.safetensors").resolve())
-    with pytest.raises(IntegrityError, match="damaged"):
-        bake(image, "engine-damaged:v1")
-    assert "engine-damaged" not in tool("docker", "images")
 
 
 def test_no_engine(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
