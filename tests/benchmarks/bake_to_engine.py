@@ -183,11 +183,12 @@ def main() -> None:
         show(("changed", "seconds", "bytes written", "bytes sent"), changed_shards(model))
         shutil.rmtree(model)
 
-        one = scratch / "one"
-        make_model(one, GIB, shards=1)
+        six, size = scratch / "six", size * 3 // 4
+        make_model(six, size, shards=6)
         time.sleep(SETTLE_SECONDS)
-        before, again = interrupted(one, GIB // 2)
-        show(("kill -9 in the middle of 1 GiB", "sent before", "sent by the rerun"), [("one layer", before, again)])
+        before, again = interrupted(six, size * 3 // 4)
+        what = f"at three quarters of {size / GIB:g} GiB in six shards"
+        show(("kill -9", "sent before", "sent by the rerun"), [(what, before, again)])
 
 
 if __name__ == "__main__":
