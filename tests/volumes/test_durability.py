@@ -330,7 +330,7 @@ def test_two_hundred_kills(volume: Path, tmp_path: Path, monkeypatch: pytest.Mon
         began = time.monotonic()
         published = publish(volume, model)
         if before != published.version and published.copied_bytes:
-            longest = 0.9 * longest + 0.1 * min(1.5 * (time.monotonic() - began), 0.5)
+            longest = 0.9 * longest + 0.1 * min(1.2 * (time.monotonic() - began), 0.5)
         assert models.contents(published.path) == models.contents(model)
         assert not list((volume / ".weightctl" / "staging").iterdir())
         if killed == 200:
