@@ -136,7 +136,7 @@ class Disk:
 def check_state(
     tree: dict[str, bytes | str | None], expected: dict[str, dict[str, bytes]], *, latest: set[str]
 ) -> None:
-    """Every visible version is complete, and the latest one is one of those."""
+    """Every visible version is complete, its manifest too, and the latest one is one of those."""
     visible = {path.split("/")[1] for path in tree if path.startswith("m/") and path != "m/"}
     if "m/latest" in tree:
         assert tree["m/latest"] in latest
@@ -146,6 +146,8 @@ def check_state(
     for version in visible - {"latest"}:
         there = {path.split("/", 2)[2]: data for path, data in tree.items() if path.startswith(f"m/{version}/")}
         assert there == expected[version], version
+        manifest = tree[f".weightctl/manifests/m/{version}.json"]
+        assert {file["path"] for file in json.loads(manifest or "")["files"]} == set(there)
 
 
 @pytest.mark.parametrize("together", [False, True], ids=["fsync", "syncfs"])
