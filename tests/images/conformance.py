@@ -240,8 +240,9 @@ class ImagesConformance(ABC):
         data = models.write_safetensors(tmp_path / "data", 3 << 20, seed).read_bytes()
         snapshot = models.write_hub_cache(tmp_path / "hub", {"config.json": b"{}", "model.safetensors": data})
         image = plan(snapshot)
-        harm((snapshot / "model.safetensors").resolve())
-        with pytest.raises(WeightctlError) as caught:
+        file = (snapshot / "model.safetensors").resolve()
+        harm(file)
+        with pytest.raises(WeightctlError, match=file.name) as caught:
             self.bake(place, image)
         assert caught.value.hint
         self.assert_absent(place, tmp_path)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from weightctl import storage
 from weightctl.config import Config
-from weightctl.errors import WeightctlError
+from weightctl.errors import WeightctlError, translated_os_errors
 from weightctl.images.layers import known_layer, remembered_layer
 from weightctl.images.oci import WrittenLayer
 from weightctl.images.plan import MODEL_DIRECTORY_VARIABLE, ImagePlan
@@ -48,6 +48,9 @@ def connect(timeout: int = 24 * 3600) -> Iterator[Engine]:
         hint = "free some of the engine's disk: docker system prune" if full else "see the engine's log"
         raise WeightctlError(f"the Docker engine refuses: {error.explanation or error}", hint) from error
     except (docker.errors.DockerException, requests.RequestException, OSError) as error:
+        if isinstance(error, OSError) and error.filename:  # a file of the model, not the engine's socket
+            with translated_os_errors("read the model"):
+                raise
         raise WeightctlError(
             f"no Docker engine answers at {where}", "start it, set DOCKER_HOST, or bake with --to layout:DIR"
         ) from error

@@ -7,13 +7,14 @@ import fcntl
 import functools
 import json
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, BinaryIO
 
-from weightctl.errors import IntegrityError, WeightctlError
+from weightctl.errors import IntegrityError, WeightctlError, translated_os_errors
 from weightctl.images.archive import TarWriter, docker_manifest
 from weightctl.images.engine import PIPE_BYTES, Engine, diff_ids
 from weightctl.images.layers import LayerPlan, copy_blob, known_layer, write_layer
@@ -86,7 +87,8 @@ def _load(api: docker.APIClient, write: Callable[[BinaryIO], str]) -> str:
     with ThreadPoolExecutor(1) as pool, os.fdopen(reader, "rb", buffering=0) as source:
 
         def fill() -> str:
-            with os.fdopen(writer, "wb", buffering=0) as stream:
+            # An OSError of the model's files must not be taken for one of the connection.
+            with os.fdopen(writer, "wb", buffering=0) as stream, translated_os_errors("send the image"):
                 return write(stream)
 
         making = pool.submit(fill)
@@ -117,33 +119,34 @@ def _write_archive(
     """The image in Docker's form, or with `oci` as a layout, without the layers that the engine holds. Returns its ID.
 
     The containerd image store takes the layout's word for what the image is, and finds in its own store the blobs that
-    are not sent; it goes by their bytes, whatever the members' names.
+    are not sent. A member whose name it has seen in a load that broke off it goes on with, whoever's bytes those were: so
+    every load has names of its own.
     """
-    below = plan.base_layers
+    below, load = plan.base_layers, secrets.token_hex(8)
+    members = [f"{load}/{number}.tar" for number in range(plan.count)]
     tar = TarWriter(stream)
     for number, base_layer in enumerate(below):
         if number not in held:
-            with tar.member(_member(number), base_layer.blob.size):
+            with tar.member(members[number], base_layer.blob.size):
                 copy_blob(plan.open_base_blob(base_layer.blob), base_layer.blob, [tar.write], task)
     for layer in plan.layers[len(written) :]:
         if (number := len(below) + len(written)) in held:
             written.append(known_layer(layer, task))
         else:
-            written.append(_write_member(tar, _member(number), layer, task))
+            written.append(_write_member(tar, members[number], layer, task))
     config = plan.config(written) if name else _unfinished(plan.config(written))
-    tar.add("config.json", config)
+    tar.add(f"{load}/config.json", config)
     image = Descriptor.of(CONFIG, config)
     if oci:
         manifest = plan.manifest(image, written)
         image = Descriptor.of(MANIFEST, manifest)
-        tar.add("manifest", manifest)
+        tar.add(f"{load}/manifest.json", manifest)
         tar.add_json("index.json", image_index(image, name, plan.platform))
         tar.add_json("oci-layout", {"imageLayoutVersion": "1.0.0"})
     else:
         for number in held:
-            tar.add(_member(number), b"")  # podman looks for a member even where it has the layer
-        members = [_member(number) for number in range(plan.count)]
-        tar.add_json("manifest.json", docker_manifest("config.json", name, members))
+            tar.add(members[number], b"")  # podman looks for a member even where it has the layer
+        tar.add_json("manifest.json", docker_manifest(f"{load}/config.json", name, members))
     tar.close()
     return image.digest
 
@@ -170,7 +173,3 @@ def _unfinished(config: bytes) -> bytes:
     settings = {**value["config"], "Labels": {UNFINISHED: "weightctl bake removes it when it is done"}}
     created = datetime.now(timezone.utc).isoformat()
     return json.dumps({**value, "config": settings, "created": created, "history": []}).encode()
-
-
-def _member(number: int) -> str:
-    return f"layers/{number}.tar"
