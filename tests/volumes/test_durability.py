@@ -249,6 +249,7 @@ def test_an_error_at_every_step(volume: Path, tmp_path: Path, number: int) -> No
 
 def test_a_mount_that_vanishes_at_every_step(tmp_path: Path) -> None:
     old, new = two_models(tmp_path)
+    said = set()
     for turn in range(0, 10_000, 3):
         left = turn
         with small_disk(tmp_path / "volume", 4 << 20) as volume:
@@ -267,6 +268,7 @@ def test_a_mount_that_vanishes_at_every_step(tmp_path: Path) -> None:
                     publish(volume, new)
                 except WeightctlError as error:
                     assert error.exit_code == 1  # noqa: PT017
+                    said.add(error.message)
             real = Path(f"/proc/self/fd/{inside}")
             assert models.contents(real / "m" / os.readlink(real / "m" / "latest")) in [
                 models.contents(old), models.contents(new),
@@ -277,6 +279,7 @@ def test_a_mount_that_vanishes_at_every_step(tmp_path: Path) -> None:
             assert not list(volume.glob("m/*"))  # nothing is published below the mount point
             subprocess.run(["mount", "-t", "tmpfs", "tmpfs", volume], check=True)  # which small_disk unmounts
     assert turn > 40
+    assert f"the volume {tmp_path / 'volume'} is no longer mounted there" in said
 
 
 # Kills.
