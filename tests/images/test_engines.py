@@ -23,11 +23,11 @@ from tests.command import weightctl
 from tests.images.conformance import plan
 from tests.services import docker_engine, docker_registry, podman_engine, tool
 from weightctl.config import Config
-from weightctl.errors import IntegrityError
+from weightctl.errors import WeightctlError
 from weightctl.images import Baked, DockerImages, engine_load
 from weightctl.images.oci import ImageName
 from weightctl.operations.base import open_base
-from weightctl.progress import Progress
+from weightctl.progress import Progress, Task
 
 STARTED = {"docker": docker_engine, "podman": podman_engine}
 GIVEN = os.environ.get("TEST_DOCKER_HOST", "").split()
@@ -181,13 +181,27 @@ def test_a_killed_bake_is_gone_on_with(engine: str, name: str, tmp_path: Path, a
     assert saved(f"{name}:v1", tmp_path) == files_of(model)
 
 
+class BreaksOff(Progress, Task):
+    """Ends what reports to it after five MiB."""
+
+    left = 5 * MIB
+
+    def task(self, description: str, total: int) -> Task:
+        return self
+
+    def advance(self, amount: int) -> None:
+        self.left -= amount
+        if self.left < 0:
+            raise WeightctlError("broken off")
+
+
 def test_what_a_bake_left_is_kept_for_a_day(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = {f"model-{number}.safetensors": secrets.token_bytes(2 * MIB) for number in range(3)}
-    snapshot = models.write_hub_cache(tmp_path / "hub", data)
-    models.flip_bit((snapshot / "model-2.safetensors").resolve())
+    model = tmp_path / "m"
+    for number in range(3):
+        models.write_safetensors(model / f"model-{number}.safetensors", 2 * MIB, secrets.randbits(60))
     monkeypatch.setattr(engine_load, "STEP_BYTES", MIB)
-    with pytest.raises(IntegrityError, match="damaged"):
-        DockerImages().bake(plan(snapshot), ImageName.parse(f"{name}:v1"), config=Config(), progress=Progress())
+    with pytest.raises(WeightctlError, match="broken off"):
+        DockerImages().bake(plan(model), ImageName.parse(f"{name}:v1"), config=Config(), progress=BreaksOff())
     first, _ = left = unfinished()
     bake(models.write_model(tmp_path / "other", seed=secrets.randbits(60)), f"{name}:v2")
     assert unfinished() == left

@@ -119,8 +119,8 @@ def _write_archive(
     """The image in Docker's form, or with `oci` as a layout, without the layers that the engine holds. Returns its ID.
 
     The containerd image store takes the layout's word for what the image is, and finds in its own store the blobs that
-    are not sent. A member whose name it has seen in a load that broke off it goes on with, whoever's bytes those were: so
-    every load has names of its own.
+    are not sent. Where a load broke off it goes on with the member of the same name, whoever's bytes those were: every
+    load has names of its own.
     """
     below, load = plan.base_layers, secrets.token_hex(8)
     members = [f"{load}/{number}.tar" for number in range(plan.count)]
