@@ -22,7 +22,7 @@ BLOCK_BYTES = 2 << 20
 """Read, hashed and written at a time."""
 
 MOST_WORKERS = 24
-"""Each has one block in memory, and one more to compare it with when it takes up a dead push."""
+"""Each has one block in memory, and two more to compare it when it takes up a dead push."""
 
 SMALL_BYTES = 64 << 10
 """Files below this on average wait for Python's lock and hardly for a local disk: one worker copies ten thousand of
@@ -132,7 +132,7 @@ class _Job:
                 raise self._changed()
         if self._shared:
             kept = 0
-        elif offset < self._staged and os.pread(self._target, len(view), offset) == view:
+        elif offset < self._staged and os.pread(self._target, len(view), offset) == bytes(view):  # by memcmp
             kept = len(view)
         else:
             kept = 0
