@@ -195,9 +195,9 @@ def test_experts_are_converted_where_their_layer_is(tmp_path: Path) -> None:
     assert converted_dtypes(snapshot, torch.float16).keys() == load_file(tmp_path / "model.safetensors").keys()
 
 
-def large(make: Callable[..., Any]) -> Any:
-    """Some 70 MB (Llama), or 220 MB (Mixtral)."""
-    return make(hidden_size=512, intermediate_size=2048, num_hidden_layers=8, vocab_size=8192).to(torch.bfloat16)
+def large(make: Callable[..., Any], layers: int) -> Any:
+    """Of 8 layers, some 70 MB (Llama), or 220 MB (Mixtral)."""
+    return make(hidden_size=512, intermediate_size=2048, num_hidden_layers=layers, vocab_size=8192).to(torch.bfloat16)
 
 
 FUSED_BYTES = 3 * (16 << 20)
@@ -228,7 +228,7 @@ def test_the_host_holds_the_model_once(tmp_path: Path) -> None:
     directories = [models.saved(make(), tmp_path / f"small {make.__name__}") for make in kinds]  # for its imports
     sizes = []
     for make in kinds:
-        model = large(make)
+        model = large(make, 4)
         directories.append(models.saved(model, tmp_path / make.__name__))
         sizes.append(model.get_memory_footprint())
     outcome = subprocess.run(
@@ -244,7 +244,7 @@ def test_the_host_holds_the_model_once(tmp_path: Path) -> None:
 @gpu
 @pytest.mark.parametrize("make", [models.llama, models.mixtral])
 def test_the_device_holds_the_model_once(make: Callable[..., Any], tmp_path: Path) -> None:
-    model = large(make)
+    model = large(make, 8)
     directory, size = models.saved(model, tmp_path, max_shard_size="50MB"), model.get_memory_footprint()
     torch.zeros(1, device="cuda")
     torch.cuda.empty_cache()

@@ -53,7 +53,6 @@ def test_a_real_model_as_a_user_does_it(minilm: Path, tmp_path: Path) -> None:
     assert result["verified"] is True
     assert names_in(output.parent) == [output.name]
     assert same(weightctl.load(output), load_file(minilm / "model.safetensors"))
-    assert command("verify", output).code == 0
     damaged = bytearray(output.read_bytes())
     damaged[-1000] ^= 1
     output.write_bytes(damaged)
@@ -81,6 +80,14 @@ def test_shards_and_stray_duplicates(tmp_path: Path) -> None:
     shutil.copy(next(directory.glob("model-*")), directory / "consolidated.safetensors")
     assert serialize(directory, tmp_path / "model.tensors").tensors == len(whole)
     assert same(weightctl.load(tmp_path / "model.tensors"), whole)
+
+
+def test_what_is_conjugate_only_by_a_flag(tmp_path: Path) -> None:
+    one, other = torch.tensor([1 + 2j]), torch.tensor([3 + 4j])
+    torch.save({"a": one.conj(), "b": other.conj().imag}, tmp_path / "model.pt")
+    serialize(tmp_path, tmp_path / "out" / "model.tensors")
+    found = weightctl.load(tmp_path / "out")
+    assert (found["a"].item(), found["b"].item()) == (1 - 2j, -4)
 
 
 def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
@@ -153,24 +160,26 @@ from pathlib import Path
 from weightctl.config import Config
 from weightctl.operations.serialize import serialize
 from weightctl.progress import Progress
-def peak(): return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")) * 1024
-before = peak()
-serialize(sys.argv[1], Path(sys.argv[2]), dtype=sys.argv[3] or None, config=Config(), progress=Progress())
-print(peak() - before)
+def resident(kind):
+    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(kind)) * 1024
+for dtype in (None, "bfloat16"):
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    serialize(sys.argv[1], Path(sys.argv[2]), dtype=dtype, config=Config(), progress=Progress())
+    print(resident("VmHWM") - before)
 """
 
 
-@pytest.mark.parametrize("dtype", ["", "bfloat16"])
-def test_memory_stays_far_below_the_model(tmp_path: Path, dtype: str) -> None:
+def test_memory_stays_far_below_the_model(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     tensors = {f"layer{i}": torch.empty(16 << 20, dtype=torch.uint8).random_().view(torch.float16) for i in range(40)}
     total = sum(tensor.nbytes for tensor in tensors.values())
     save_file(tensors, model / "model.safetensors")
     tensors.clear()
-    command = [sys.executable, "-c", MEASURE, str(model), str(tmp_path / "model.tensors"), dtype]
-    peak = int(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
-    assert peak < 0.75 * total
+    command = [sys.executable, "-c", MEASURE, str(model), str(tmp_path / "model.tensors")]
+    peaks = subprocess.run(command, capture_output=True, check=True, text=True).stdout.split()
+    assert [int(peak) < 0.75 * total for peak in peaks] == [True, True], peaks
 
 
 def small_model(directory: Path, size: int = 1000) -> Path:
@@ -184,6 +193,8 @@ def test_an_empty_model_and_one_of_no_bytes(tmp_path: Path) -> None:
     assert command("serialize", tmp_path / "nothing", "--output", tmp_path / "x.tensors").code == 2
     (tmp_path / "none").mkdir()
     save_file({}, tmp_path / "none" / "model.safetensors")
+    with pytest.raises(UsageError, match="none holds no tensors"):
+        serialize(tmp_path / "none", tmp_path / "x.tensors")
     (tmp_path / "zero").mkdir()
     save_file({"zero": torch.empty(0, dtype=torch.bfloat16)}, tmp_path / "zero" / "model.safetensors")
     serialize(tmp_path / "zero", tmp_path / "zero.tensors")
@@ -258,13 +269,14 @@ def test_a_read_only_directory(tmp_path: Path) -> None:
 
 
 def test_a_killed_run_leaves_no_file_and_the_next_cleans_up(tmp_path: Path) -> None:
-    model = small_model(tmp_path / "model", 100 << 20)
+    model = small_model(tmp_path / "model", 50 << 20)
     output = tmp_path / "out" / "model.tensors"
     process = start("serialize", model, "--output", output)
     staging = output.parent / ".model.tensors.weightctl-tmp"
     until = time.monotonic() + 60
     while not any(staging.glob("*")) and time.monotonic() < until:
         time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)  # so that it does not end meanwhile
     with pytest.raises(WeightctlError, match="another process is writing"):
         serialize(model, output)
     process.send_signal(signal.SIGKILL)
@@ -276,7 +288,7 @@ def test_a_killed_run_leaves_no_file_and_the_next_cleans_up(tmp_path: Path) -> N
 
 
 def test_an_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
-    model = small_model(tmp_path / "model", 100 << 20)
+    model = small_model(tmp_path / "model", 50 << 20)
     output = tmp_path / "out" / "model.tensors"
     process = start("serialize", model, "--output", output)
     until = time.monotonic() + 60

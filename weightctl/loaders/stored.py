@@ -127,7 +127,10 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor's bytes in row-major order: one dimension of uint8; a copy only if it was not contiguous."""
     import torch
 
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    flat = tensor.detach().contiguous().reshape(-1)
+    if flat.stride(0) != 1:  # of one element, and contiguous whatever its stride
+        flat = torch.empty_like(flat, memory_format=torch.contiguous_format).copy_(flat)
+    return flat.view(torch.uint8)
 
 
 def listed(names: Iterable[str], limit: int = 5) -> str:

@@ -103,6 +103,8 @@ def plan_serialize(
 
 def _converted(snapshot: Snapshot, dtype: torch.dtype | None) -> Stored:
     stored = open_stored(snapshot)
+    if not stored.entries:
+        raise UsageError(f"{snapshot.name} holds no tensors", "there is nothing to write")
     return stored if dtype is None else stored.cast(converted_dtypes(snapshot, dtype))
 
 
