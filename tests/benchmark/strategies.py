@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -41,14 +41,6 @@ class OneBit(Fake):
         tensors["b"].view(torch.uint8)[-1] ^= 1
 
 
-@loaders.register("other-dtype")
-class OtherDtype(Fake):
-    """Loads in half precision, which is quicker."""
-
-    def harm(self, tensors: dict[str, torch.Tensor]) -> None:
-        tensors["b"] = tensors["b"].half()
-
-
 @loaders.register("one-less")
 class OneLess(Fake):
     """Leaves a tensor out."""
@@ -57,20 +49,12 @@ class OneLess(Fake):
         del tensors["b"]
 
 
-@loaders.register("one-more")
-class OneMore(Fake):
-    """Adds a tensor."""
-
-    def harm(self, tensors: dict[str, torch.Tensor]) -> None:
-        tensors["c"] = tensors["b"].clone()
-
-
 @loaders.register("hangs")
 class Hangs(Fake):
     """Never ends, and neither does its child."""
 
-    def harm(self, tensors: dict[str, torch.Tensor]) -> None:
-        subprocess.Popen([sys.executable, "-c", f"import time; time.sleep(600) # {os.environ['HANGS']}"])
+    def prepare(self, snapshot: Snapshot) -> None:
+        subprocess.Popen(["sh", "-c", f"sleep 600; : {os.environ['HANGS']}"])
         time.sleep(600)
 
 
@@ -80,6 +64,14 @@ class Crashes(Fake):
 
     def harm(self, tensors: dict[str, torch.Tensor]) -> None:
         ctypes.string_at(0)
+
+
+@loaders.register("killed")
+class Killed(Fake):
+    """Is killed, as for want of memory."""
+
+    def harm(self, tensors: dict[str, torch.Tensor]) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @loaders.register("raises")

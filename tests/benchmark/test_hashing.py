@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import secrets
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import tiny_models
 from weightctl.benchmark import hashing
 from weightctl.benchmark.hashing import TensorHash, expected_fingerprints, fingerprint_difference
+from weightctl.loaders import loaders, open_stored
 from weightctl.loaders.stored import stored
 from weightctl.progress import Task
+from weightctl.sources.directory import read_directory
 
 HASH = TensorHash(bytes(range(16)))
 BLOCK = hashing.BLOCK_WORDS * hashing.WORD_BYTES
@@ -86,6 +90,16 @@ def test_what_is_other_is_said(change: object, words: str) -> None:
     expected = expected_fingerprints(stored(tensors), bytes(range(16)), Task())
     assert fingerprint_difference(expected, HASH.fingerprints(tensors)) is None
     assert words in str(fingerprint_difference(expected, HASH.fingerprints(change(tensors))))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("make", ["llama", "gpt2", "mixtral"])
+def test_the_names_of_transformers_are_understood(tmp_path: Path, make: str) -> None:
+    snapshot = read_directory(tiny_models.saved(getattr(tiny_models, make)(), tmp_path))
+    loader = loaders.get("transformers")()
+    loader.prepare(snapshot)
+    loaded = loader.as_stored(loader.load(snapshot, "cpu"), snapshot)
+    expected = expected_fingerprints(open_stored(snapshot), bytes(range(16)), Task())
+    assert fingerprint_difference(expected, HASH.fingerprints(loaded)) is None
 
 
 @pytest.mark.gpu

@@ -22,6 +22,14 @@ def test_what_a_killed_process_left_goes_and_what_is_in_use_stays(tmp_path: Path
     assert elsewhere.exists()
 
 
+def test_what_a_leftover_notes_is_undone_before_it_goes(tmp_path: Path) -> None:
+    (tmp_path / f"{PREFIX}left").mkdir()
+    (tmp_path / f"{PREFIX}left" / "note").write_text("undo me")
+    undone: list[str] = []
+    with temporary(tmp_path, undo=lambda leftover: undone.append((leftover / "note").read_text())) as used:
+        assert (undone, list(tmp_path.iterdir())) == (["undo me"], [used])
+
+
 def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), temporary(tmp_path, ".other-"):
         raise ZeroDivisionError

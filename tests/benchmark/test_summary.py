@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import statistics
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -67,16 +68,43 @@ def test_a_row_without_a_run_that_counts_says_why() -> None:
     assert "not cold" in str(row.reason)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_a_slowdown_of_a_fifth_is_found_and_nothing_else(seed: int) -> None:
-    before = noisy(1.0, seed)
-    for after, verdict in ((noisy(1.0, seed + 100), "same"), (noisy(1.2, seed + 100), "slower")):
-        (change,) = compare(result(before), result(after)).changes
-        assert (change.verdict, change.ratio) == (
-            verdict,
-            pytest.approx((verdict == "slower" and 1.2) or 1.0, rel=0.06),
+def verdicts(times: Callable[[random.Random], float], slowdown: float) -> Counter[str]:
+    """Of 200 comparisons of two benches of ten runs, whose times are drawn from one distribution."""
+    found: Counter[str] = Counter()
+    for seed in range(200):
+        chance = random.Random(seed)
+        before, after = (
+            summarize("a", "warm", runs(*(factor * times(chance) for _ in range(10))), 100, LIMIT)
+            for factor in (1, slowdown)
         )
-    assert compare(result(noisy(1.2, seed)), result(before)).changes[0].verdict == "faster"
+        (change,) = compare(result(before), result(after)).changes
+        found[change.verdict] += 1
+    return found
+
+
+DISTRIBUTIONS = {
+    "normal": lambda chance: chance.gauss(1, 0.05),
+    "skewed": lambda chance: 1 + chance.lognormvariate(-3, 0.8),
+    "one in ten takes twice as long": lambda chance: chance.gauss(1, 0.03) * (2 if chance.random() < 0.1 else 1),
+}
+
+
+@pytest.mark.parametrize("times", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
+def test_a_slowdown_of_a_fifth_is_found_and_noise_is_not(times: Callable[[random.Random], float]) -> None:
+    assert verdicts(times, 1.0) == {"same": 200}
+    for slowdown, verdict in ((1.2, "slower"), (1 / 1.2, "faster")):
+        found = verdicts(times, slowdown)
+        assert found.keys() <= {verdict, "same"}
+        assert found[verdict] >= 150
+
+
+def test_much_noise_is_not_taken_for_a_change() -> None:
+    assert verdicts(lambda chance: chance.gauss(1, 0.2), 1.0)["same"] >= 198  # one false alarm in a hundred, at most
+
+
+def test_the_ratio_is_that_of_the_slowdown() -> None:
+    (change,) = compare(result(noisy(1.0, 1)), result(noisy(1.2, 2))).changes
+    assert (change.verdict, change.ratio) == ("slower", pytest.approx(1.2, rel=0.03))
 
 
 @pytest.mark.parametrize(

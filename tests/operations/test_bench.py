@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import os
@@ -19,9 +20,10 @@ import torch
 from safetensors.torch import save_file
 
 from tests import tiny_models as models
+from tests.benchmark.test_summary import noisy, result
 from tests.command import start
 from tests.command import weightctl as command
-from weightctl.benchmark.results import BenchResult, Row, read_result
+from weightctl.benchmark.results import BenchResult, Row, read_result, write_result
 from weightctl.config import Config
 from weightctl.errors import IntegrityError, UsageError
 from weightctl.loaders import loaders
@@ -95,10 +97,8 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_real_model_as_a_user_does_it(minilm: Path, tmp_path: Path) -> None:
-    strategies = ("pipelined", "tensorizer")
-    chosen = [word for strategy in strategies for word in ("--strategy", strategy)]
     caches = ("--cache", "warm", "--cache", "cold")
-    arguments = ("--device", "cpu", "--runs", 1, *caches, *chosen, "--output", "result.json")
+    arguments = ("--device", "cpu", "--runs", 1, *caches, "--strategy", "pipelined", "--output", "result.json")
     outcome = command("bench", minilm, *arguments, cwd=tmp_path, timeout=400, TMPDIR=str(tmp_path))
     assert outcome.code == 0, outcome.stderr
     assert max(len(line) for line in outcome.stdout.splitlines() if " unavailable: " not in line) <= 80
@@ -110,7 +110,7 @@ def test_a_real_model_as_a_user_does_it(minilm: Path, tmp_path: Path) -> None:
     assert read_result(tmp_path / "result.json").model.tensors == 104
     assert [result["model"][key] for key in ("bytes", "tensors", "format")] == [90_856_960, 104, "safetensors"]
     available = [row for row in result["results"] if row["status"] != "unavailable"]
-    assert len(available) == 4
+    assert len(available) == 2
     for measured in available:
         assert list(measured)[: len(ROW)] == ROW
         assert measured["status"] == "ok", measured
@@ -127,25 +127,12 @@ def test_a_real_model_as_a_user_does_it(minilm: Path, tmp_path: Path) -> None:
     assert not any(word in json.dumps(result["environment"]) for word in private)
 
 
-def test_json_is_one_object(tmp_path: Path) -> None:
-    outcome = command("bench", small_model(tmp_path), "--strategy", "torch", "--runs", 1, "--json")
-    assert outcome.code == 0, outcome.stderr
-    assert [row["strategy"] for row in outcome.result["results"]] == ["torch"]
-
-
 def test_a_state_dict_and_what_cannot_load_it(crepe: Path) -> None:
-    result = bench(crepe, include=["tiny.pth"])
-    assert {row.strategy for row in result.results if row.status == "ok"} == {"safetensors", "torch", "tensorizer"}
+    result = bench(crepe, "safetensors", "torch", "transformers", include=["tiny.pth"])
+    assert {row.strategy for row in result.results if row.status == "ok"} == {"safetensors", "torch"}
     assert row(result, "transformers").status == "unavailable"
     assert "config.json" in str(row(result, "transformers").reason)
     assert row(result, "transformers").seconds == ()
-
-
-@pytest.mark.parametrize("make", ["llama", "gpt2", "mixtral"])
-def test_transformers_names_are_understood(tmp_path: Path, make: str) -> None:
-    directory = models.saved(getattr(models, make)(), tmp_path)
-    measured = row(bench(directory, "transformers"), "transformers")
-    assert (measured.status, measured.reason) == ("ok", None)
 
 
 def test_transformers_that_converts_is_found_out(tmp_path: Path) -> None:
@@ -161,10 +148,9 @@ def test_transformers_that_converts_is_found_out(tmp_path: Path) -> None:
 def test_what_loads_something_else_is_failed_not_timed(tmp_path: Path) -> None:
     expected = {
         "one-bit": "bytes of b",
-        "other-dtype": "b is float16 [3], the model's is float32 [3]",
         "one-less": "lacks b",
-        "one-more": "adds c",
-        "crashes": "SIGSEGV",
+        "crashes": "it crashed with SIGSEGV",
+        "killed": "it crashed with SIGKILL (out of memory?)",
         "raises": "ZeroDivisionError: a bug",
     }
     result = bench(small_model(tmp_path), *expected, "missing", "safetensors")
@@ -182,9 +168,9 @@ def test_what_loads_something_else_is_failed_not_timed(tmp_path: Path) -> None:
 def test_what_hangs_is_stopped_with_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     word = f"hanging-{tmp_path.name}-{os.getpid()}"
     monkeypatch.setenv("HANGS", word)
-    measured = row(bench(small_model(tmp_path), "hangs", timeout=12), "hangs")
+    measured = row(bench(small_model(tmp_path), "hangs", timeout=8), "hangs")
     assert measured.status == "failed"
-    assert "after 12 seconds" in str(measured.reason)
+    assert "after 8 seconds" in str(measured.reason)
     assert eventually(lambda: not processes(word))
 
 
@@ -222,18 +208,11 @@ def test_a_killed_bench_leaves_no_process_and_the_next_one_no_file(tmp_path: Pat
     assert [path.suffix for path in saved.iterdir()] == [".json"]
 
 
-@pytest.mark.usefixtures("fakes")
-@pytest.mark.xfail(strict=False, reason="real times: a busy machine may hide it")
-def test_a_slowdown_of_a_fifth_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, old, new = small_model(tmp_path / "model"), tmp_path / "old.json", tmp_path / "new.json"
-    for delay, output in (("0.5", old), ("0.6", new)):
-        monkeypatch.setenv("DELAY", delay)
-        bench(model, "steady", "delayed", runs=5, output=output, against=old if old.exists() else None)
-    compared = read_result(new).comparison
-    assert compared is not None
-    changes = {change.strategy: change for change in compared.changes}
-    assert {name: change.verdict for name, change in changes.items()} == {"steady": "same", "delayed": "slower"}
-    assert changes["delayed"].ratio == pytest.approx(1.2, rel=0.1)
+def test_saved_results_are_compared_shown_and_judged(tmp_path: Path) -> None:
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    for path, seconds in ((old, 1.0), (new, 1.2)):
+        delayed = dataclasses.replace(noisy(seconds, 2), strategy="delayed")
+        write_result(result(noisy(1.0, 1), delayed), path)
 
     def show(*arguments: object) -> tuple[int, str]:
         outcome = command("bench", *arguments, COLUMNS="80")
@@ -241,7 +220,7 @@ def test_a_slowdown_of_a_fifth_is_found(tmp_path: Path, monkeypatch: pytest.Monk
 
     reports = [tmp_path / f"report.{ending}" for ending in ("html", "svg", "md", "csv", "json")]
     wanted = [word for report in reports for word in ("--report", report)]
-    code, words = show("--from", new, "--compare", old, "--fail-below", "steady>=0", *wanted)
+    code, words = show("--from", new, "--compare", old, "--fail-below", "a>=0.4", *wanted)
     assert code == 0, words
     verdicts = [line.split()[-1] for line in words.splitlines() if line.rstrip().endswith(("same", "slower"))]
     assert verdicts == ["same", "slower"]
@@ -253,7 +232,7 @@ def test_a_slowdown_of_a_fifth_is_found(tmp_path: Path, monkeypatch: pytest.Monk
     for arguments, why in {
         ("--from", tmp_path / "bad.json"): "no result of weightctl bench",
         ("--from", new, "--compare", tmp_path / "foreign.json"): "its schema is 2",
-        ("--from", new, "--fail-below", "steady>0.7"): "not a floor",
+        ("--from", new, "--fail-below", "a>0.7"): "not a floor",
     }.items():
         code, words = show(*arguments)
         assert (code, why in words) == (2, True), words
@@ -273,14 +252,14 @@ def test_a_run_that_was_not_cold_does_not_count(tmp_path: Path, monkeypatch: pyt
 
 def test_a_scratch_directory_is_kept_and_used_again(tmp_path: Path) -> None:
     model, scratch = small_model(tmp_path / "model"), tmp_path / "a" / "scratch"
-    assert row(bench(model, "tensorizer", scratch=scratch), "tensorizer").status == "ok"
+    assert row(bench(model, "torch", scratch=scratch), "torch").status == "ok"
     made = list(scratch.glob("*/*"))
-    assert [path.name for path in made] == ["model.tensors"]
+    assert [path.name for path in made] == ["pytorch_model.bin"]
     stamp = made[0].stat().st_mtime_ns
-    assert row(bench(model, "tensorizer", scratch=scratch), "tensorizer").status == "ok"
+    assert row(bench(model, "torch", scratch=scratch), "torch").status == "ok"
     assert [path.stat().st_mtime_ns for path in scratch.glob("*/*")] == [stamp]
     small_model(tmp_path / "model")
-    assert row(bench(model, "tensorizer", scratch=scratch), "tensorizer").status == "ok"
+    assert row(bench(model, "torch", scratch=scratch), "torch").status == "ok"
     assert len(list(scratch.glob("*/*"))) == 2
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +55,25 @@ def small_model(directory: Path) -> Path:
 
 def stages(row: Scenario) -> list[str]:
     return [stage.name for stage in row.stages]
+
+
+def processes_with(variable: str) -> list[str]:
+    """Those of whose environment it is a part."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if variable.encode() in path.read_bytes().split(b"\0"):
+                found.append(path.parent.name)
+    return found
+
+
+def command_lines() -> list[list[str]]:
+    """Of every process."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(path.read_bytes().decode(errors="replace").split("\0")[:-1])
+    return found
 
 
 def test_a_real_model_as_a_user_does_it(
@@ -117,16 +140,33 @@ def test_a_volume_and_a_scratch_of_the_users_are_left_as_they_were(tmp_path: Pat
     assert (models.state(volume), models.state(scratch)) == before
 
 
-def test_unless_told_otherwise_there_are_three_starts(tmp_path: Path) -> None:
-    result = run(small_model(tmp_path), "model", runs=None)
-    assert ([len(row.starts) for row in result.scenarios], result.settings.runs) == ([3], 3)
+def test_a_killed_bench_leaves_no_process_and_the_next_one_nothing_at_all(
+    tmp_path: Path, temporary: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DOCKER_HOST", engine)
+    model = small_model(tmp_path / "model")
+    with docker_registry(tmp_path) as host:
+        process = start(
+            "bench", model, "--scenario", "image", "--engine", "docker", "--registry", f"{host}/m", "--device", "cpu",
+            MARK=str(temporary),
+        )  # fmt: skip
+        models.wait_for(lambda: "bench-" in tool("docker", "images") or process.poll() is not None)
+        process.kill()
+        process.communicate(timeout=60)
+        models.wait_for(lambda: not processes_with(f"MARK={temporary}"))
+        assert "bench-" in tool("docker", "images")
+        assert len(list(temporary.iterdir())) == 1
+        result = run(model, "image", engines=("docker",), runs=None)
+    assert (result.settings.runs, [row.status for row in result.scenarios]) == (3, ["unavailable"])  # no registry given
+    assert "bench-" not in tool("docker", "images")
+    assert list(temporary.iterdir()) == []
 
 
 def test_an_interrupt_leaves_nothing(tmp_path: Path, temporary: Path) -> None:
     process = start(
         "bench", small_model(tmp_path), "--scenario", "volume", "--runs", 50, "--device", "cpu", TMPDIR=str(temporary)
     )
-    models.wait_for(lambda: list(temporary.glob("weightctl-bench-*/tmp*")) or process.poll() is not None)
+    models.wait_for(lambda: list(temporary.glob("weightctl-start-*/tmp*")) or process.poll() is not None)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 130
@@ -146,11 +186,23 @@ def test_what_cannot_be_is_said(tmp_path: Path) -> None:
     assert "one load" in outcome.stderr
 
 
+def test_a_command_ends_with_who_ran_it() -> None:
+    word = f"600.{os.getpid()}"
+    code = f"from weightctl.benchmark.engines import run_command; run_command('sleep', '{word}', timeout=900)"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        models.wait_for(lambda: ["sleep", word] in command_lines())
+    finally:
+        process.kill()
+        process.wait()
+    models.wait_for(lambda: ["sleep", word] not in command_lines())
+
+
 def test_a_command_is_ended_in_time_and_its_last_word_is_kept() -> None:
     with pytest.raises(WeightctlError, match=r"sleep was stopped: it had not ended after 0\.2 seconds"):
         run_command("sleep", "60", timeout=0.2)
     with pytest.raises(WeightctlError, match="sh failed: why"):
         run_command("sh", "-c", "echo first >&2; echo why >&2; exit 3", timeout=10)
     seen: list[str] = []
-    assert run_command("cat", timeout=10, read="a\nb\n", see=seen.append, LANG="C") == "a\nb\n"
+    assert run_command("sh", "-c", 'echo a; echo "$B"', timeout=10, see=seen.append, variables={"B": "b"}) == "a\nb\n"
     assert seen == ["a\n", "b\n"]

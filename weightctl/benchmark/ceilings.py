@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import itertools
 import mmap
@@ -87,8 +88,8 @@ def _touch(mapped: mmap.mmap) -> None:
             bytes(view[:: mmap.PAGESIZE])
 
 
-COLD_RESIDENCY = 0.05
-"""More of the files than this in the page cache, and they are not cold."""
+WARM_RESIDENCY, COLD_RESIDENCY = 0.95, 0.05
+"""Less of the files in the page cache, and they are not warm; more, and they are not cold."""
 
 EVICTIONS, EVICTION_SECONDS = 5, 0.2
 
@@ -142,11 +143,34 @@ def residency(paths: Sequence[Path]) -> float:
 
 
 def _is_resident(descriptor: int, offset: int) -> bool:
+    """What mincore calls absent is absent. What it calls present need not be, since it says that to whoever may not
+    write the file: then a read that must not wait is asked. On a busy machine the page may come even as that is asked
+    for, so it alone would not do."""
+    if _is_absent(descriptor, offset):
+        return False
     if is_cached(descriptor, offset):
         return True
     os.pread(descriptor, 1, offset)  # a page that is still on its way cannot be dropped
     os.posix_fadvise(descriptor, offset, mmap.PAGESIZE, os.POSIX_FADV_DONTNEED)
     return False
+
+
+def _is_absent(descriptor: int, offset: int) -> bool:
+    length = min(mmap.PAGESIZE, os.fstat(descriptor).st_size - offset)
+    known, found = ctypes.c_ubyte(), -1
+    with contextlib.suppress(OSError), mmap.mmap(descriptor, length, offset=offset, access=mmap.ACCESS_COPY) as page:
+        first = ctypes.c_char.from_buffer(page)
+        found = ctypes.CDLL(None).mincore(
+            ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(length), ctypes.byref(known)
+        )
+        del first  # or the page could not be closed
+    return found == 0 and not known.value & 1
+
+
+def objection(cache: str, residency: float) -> str | None:
+    """Why a load with so much in the page cache was not `cache`, or None if it was."""
+    wrong = residency > COLD_RESIDENCY if cache == "cold" else residency < WARM_RESIDENCY
+    return f"it was not {cache}: {residency * 100:.0f} % of the files was cached" if wrong else None
 
 
 def copy_to_device(device: str) -> float:

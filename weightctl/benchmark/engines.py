@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -18,11 +19,15 @@ from pathlib import Path
 from typing import ClassVar
 
 from weightctl.benchmark.results import Stage
+from weightctl.benchmark.scratch import temporary
 from weightctl.errors import WeightctlError
 from weightctl.registry import Backend, Registry
 
 ENDING_SECONDS = 10
 """What a command has to clean up after itself when it is not to go on."""
+
+PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True)
@@ -79,8 +84,11 @@ class Engine(Backend, ABC):
     def pulled(self, image: Image, jobs: int | None, scratch: Path, timeout: float) -> Iterator[Pulled]:
         """Pull and unpack by the clock; the image is gone when the block ends. `timeout` is in seconds, of each step.
 
-        Raises WeightctlError if the engine cannot.
+        Everything outside of `scratch` is what `forget` removes. Raises WeightctlError if the engine cannot.
         """
+
+    def forget(self, name: str) -> None:
+        """Remove what the engine has of an image that was pulled here, if anything."""
 
 
 engines: Registry[Engine] = Registry("engine")
@@ -114,7 +122,8 @@ class DockerEngine(Engine):
         import docker.errors
 
         repository, _, tag = image.name.rpartition(":")
-        with contextlib.closing(docker.from_env(timeout=timeout)) as client:
+        with ExitStack() as after, contextlib.closing(docker.from_env(timeout=timeout)) as client:
+            after.callback(self.forget, image.name)
             try:
                 began = fetched = time.perf_counter()
                 for event in client.api.pull(repository, tag, stream=True, decode=True):
@@ -127,9 +136,17 @@ class DockerEngine(Engine):
                 yield Pulled(stages, _layers(client.api.inspect_image(image.name)))
             except (docker.errors.DockerException, OSError) as error:
                 raise WeightctlError(f"the Docker engine cannot pull: {error}", "see the engine's log") from error
-            finally:
-                with contextlib.suppress(docker.errors.DockerException, OSError):
-                    client.api.remove_image(image.name, force=True)
+
+    def forget(self, name: str) -> None:
+        """Its layers go with it: no other image has them."""
+        import docker
+        import docker.errors
+
+        with (
+            contextlib.suppress(docker.errors.DockerException, OSError),
+            contextlib.closing(docker.from_env()) as client,
+        ):
+            client.api.remove_image(name, force=True)
 
 
 def _layers(image: dict[str, object]) -> tuple[Path, ...]:
@@ -178,8 +195,8 @@ class ContainerdEngine(_Commands):
 
     @contextmanager
     def pulled(self, image: Image, jobs: int | None, scratch: Path, timeout: float) -> Iterator[Pulled]:
-        """`ctr` says when it begins to unpack."""
-        mount = scratch / "mounted"
+        """`ctr` says when it begins to unpack. Everything is in a namespace of the image's own."""
+        mount, ours = scratch / "mounted", {"CONTAINERD_NAMESPACE": image.tag}
         options = ["--plain-http"] if image.plain_http else []
         options += ["--max-concurrent-downloads", str(jobs)] if jobs else []
         marks: list[float] = []
@@ -189,16 +206,24 @@ class ContainerdEngine(_Commands):
                 marks.append(time.perf_counter())
 
         with ExitStack() as after:
-            after.callback(_quietly, "ctr", "images", "rm", "--sync", image.name)
+            after.callback(self.forget, image.name)
             began = time.perf_counter()
-            run_command("ctr", "images", "pull", *options, image.name, timeout=timeout, see=see)
+            run_command("ctr", "images", "pull", *options, image.name, timeout=timeout, see=see, variables=ours)
             ended = time.perf_counter()
             fetched = marks[0] if marks else ended
             mount.mkdir()
-            after.callback(_quietly, "ctr", "images", "unmount", "--rm", str(mount))
-            run_command("ctr", "images", "mount", image.name, str(mount), timeout=timeout)
+            after.callback(_quietly, "umount", str(mount))
+            run_command("ctr", "images", "mount", image.name, str(mount), timeout=timeout, variables=ours)
             stages = (Stage("pull", image.size, fetched - began), Stage("unpack", image.size, ended - fetched))
             yield Pulled(stages, (mount,))
+
+    def forget(self, name: str) -> None:
+        """A lease keeps what was fetched of a pull that was cut off; without one, containerd lets go of it."""
+        ours = {"CONTAINERD_NAMESPACE": name.rpartition(":")[2]}
+        for lease in _quietly("ctr", "leases", "ls", "--quiet", variables=ours).split():
+            _quietly("ctr", "leases", "rm", "--sync", lease, variables=ours)
+        _quietly("ctr", "images", "rm", "--sync", name, variables=ours)
+        _quietly("ctr", "namespaces", "rm", ours["CONTAINERD_NAMESPACE"])
 
 
 @engines.register("podman")
@@ -217,16 +242,17 @@ class PodmanEngine(_Commands):
         settings = scratch / "containers.conf"
         settings.write_text(f"[engine]\nimage_parallel_copies = {jobs}\n" if jobs else "")
         # podman takes a --runroot of 50 characters at most.
-        with tempfile.TemporaryDirectory(prefix="weightctl-", dir="/tmp") as run, ExitStack() as after:
+        with temporary(Path("/tmp")) as run, ExitStack() as after:
             podman = [
-                "podman", "--root", str(scratch / "root"), "--runroot", run,
+                "podman", "--root", str(scratch / "root"), "--runroot", str(run),
                 "--cgroup-manager", "cgroupfs", "--events-backend", "none",
             ]  # fmt: skip
             plain = ["--tls-verify=false"] if image.plain_http else []
             after.callback(_quietly, *podman, "image", "rm", "--all", "--force")
             began = time.perf_counter()
             pull = [*podman, "pull", "--quiet", *plain, image.transport]
-            found = run_command(*pull, timeout=timeout, CONTAINERS_CONF=str(settings)).strip()
+            ours = {"CONTAINERS_CONF": str(settings), "TMPDIR": str(scratch)}
+            found = run_command(*pull, timeout=timeout, variables=ours).strip()
             stage = Stage("pull", image.size, time.perf_counter() - began)
             after.callback(_quietly, *podman, "image", "unmount", "--all")
             mounted = run_command(*podman, "image", "mount", found, timeout=timeout).strip()
@@ -248,7 +274,8 @@ class UmociEngine(_Commands):
         here, bundle = f"{scratch / 'layout'}:image", scratch / "bundle"
         options = ["--src-tls-verify=false"] if image.plain_http else []
         began = time.perf_counter()
-        run_command("skopeo", "copy", *options, image.transport, f"oci:{here}", timeout=timeout)
+        ours = {"TMPDIR": str(scratch)}
+        run_command("skopeo", "copy", *options, image.transport, f"oci:{here}", timeout=timeout, variables=ours)
         fetched = time.perf_counter()
         run_command("umoci", "unpack", "--image", here, str(bundle), timeout=timeout)
         ended = time.perf_counter()
@@ -257,20 +284,18 @@ class UmociEngine(_Commands):
 
 
 def run_command(
-    *command: str, timeout: float, see: Callable[[str], object] = id, read: str = "", **variables: str
+    *command: str, timeout: float, see: Callable[[str], object] = id, variables: Mapping[str, str] | None = None
 ) -> str:
-    """What a command prints that reads `read`; `see` is given every line at once.
+    """What a command prints; `see` is given every line at once.
 
     Raises WeightctlError if it fails, or takes longer than `timeout` seconds. However this ends, nothing of it is left:
-    Ctrl-C is kept from it, and it is ended with time to clean up.
+    Ctrl-C is kept from it, and it is ended with time to clean up; if this process is killed, so is it.
     """
     lines: list[str] = []
-    with tempfile.TemporaryFile("w+", errors="replace") as errors, tempfile.TemporaryFile("w+") as given:
-        given.write(read)
-        given.seek(0)
+    with tempfile.TemporaryFile("w+", errors="replace") as errors:
         process = subprocess.Popen(
-            command, env={**os.environ, **variables}, stdin=given, stdout=subprocess.PIPE, stderr=errors,
-            text=True, errors="replace", start_new_session=True,
+            command, env={**os.environ, **(variables or {})}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=errors, text=True, errors="replace", start_new_session=True, preexec_fn=_die_with_parent,
         )  # fmt: skip
         late = threading.Timer(timeout, process.terminate)
         late.start()
@@ -293,6 +318,10 @@ def run_command(
     return "".join(lines)
 
 
+def _die_with_parent() -> None:
+    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _end(process: subprocess.Popen[str]) -> None:
     if process.poll() is None:
         process.terminate()
@@ -303,7 +332,9 @@ def _end(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def _quietly(*command: str) -> None:
+def _quietly(*command: str, variables: Mapping[str, str] | None = None) -> str:
     """Clean up, as far as there is something to."""
-    with contextlib.suppress(WeightctlError):
-        run_command(*command, timeout=60)
+    try:
+        return run_command(*command, timeout=60, variables=variables)
+    except WeightctlError:
+        return ""

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,25 +64,43 @@ def storage_under(path: Path) -> Facts:
     """The filesystem's type and the kind of device under a file."""
     number = path.stat().st_dev
     device = f"{os.major(number)}:{os.minor(number)}"
-    mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-    filesystem = _filesystem(path.resolve(), device, mounts)
+    filesystem = _filesystem(path.resolve(), device)
     return {"filesystem": filesystem, "storage": _kind(filesystem, Path("/sys/dev/block") / device)}
 
 
-def _filesystem(path: Path, device: str, mounts: Sequence[Sequence[str]]) -> str | None:
+@dataclass(frozen=True)
+class Mount:
+    """A filesystem's place."""
+
+    path: Path
+    device: str
+    """`8:1`."""
+    filesystem: str
+    """Its type."""
+
+
+def mounts() -> list[Mount]:
+    """All that this process sees, in the order in which they were mounted (proc(5), mountinfo)."""
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields = line.split()
+        path = re.sub(r"\\(\d{3})", lambda escaped: chr(int(escaped[1], 8)), fields[4])
+        found.append(Mount(Path(path), fields[2], fields[fields.index("-") + 1]))
+    return found
+
+
+def _filesystem(path: Path, device: str) -> str | None:
     """By the mount's device (which an overlay's files do not have), or else by the longest path."""
-    above = [fields for fields in mounts if path.is_relative_to(fields[4].encode().decode("unicode_escape"))]
-    same = [fields for fields in above if fields[2] == device] or above
-    deepest = max(same, key=lambda fields: len(fields[4]), default=None)
-    return deepest[list(deepest).index("-") + 1] if deepest else None
+    above = [mount for mount in mounts() if path.is_relative_to(mount.path)]
+    same = [mount for mount in above if mount.device == device] or above
+    deepest = max(same, key=lambda mount: len(mount.path.parts), default=None)
+    return deepest.filesystem if deepest else None
 
 
 def _kind(filesystem: str | None, block: Path) -> str | None:
     if filesystem in ("tmpfs", "ramfs"):
         return "memory"
-    if filesystem and filesystem.startswith(
-        ("nfs", "cifs", "smb", "fuse.", "ceph", "lustre", "9p", "virtiofs", "gpfs")
-    ):
+    if filesystem and filesystem.startswith(NETWORK):
         return "network"
     try:
         real = block.resolve(strict=True)

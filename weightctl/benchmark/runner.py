@@ -16,12 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from weightctl.benchmark.hashing import Fingerprint
+from weightctl.benchmark.hashing import Fingerprint, expected_fingerprints
 from weightctl.benchmark.meeting import invitations, together
 from weightctl.benchmark.results import Run
+from weightctl.config import Config
 from weightctl.errors import IntegrityError, UsageError, WeightctlError
 from weightctl.loaders import Loader
+from weightctl.loaders.stored import Stored
 from weightctl.model import Snapshot
+from weightctl.progress import Progress
 
 _START = "import sys; sys.path[:] = sys.argv[1:]; from weightctl.benchmark.child import main; main()"
 """Imports what this process imports, and nothing from the working directory, which `-m` would: it may be a model's."""
@@ -31,7 +34,7 @@ POLL_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class Job:
-    """What every load of a bench has in common."""
+    """What many loads of one model have in common."""
 
     device: str
     threads: int
@@ -47,12 +50,22 @@ class Job:
     drop_caches: bool = False
     construct: bool = False
 
+    @classmethod
+    def of(
+        cls, stored: Stored, device: str, directory: Path, config: Config, progress: Progress, **options: Any
+    ) -> Job:
+        """Loads of the model that is `stored`: reads it once, and hashes it by a key that nobody knew before."""
+        key = secrets.token_bytes(16)
+        with progress.task("hashing the tensors", stored.bytes) as task:
+            expected = tuple(expected_fingerprints(stored, key, task))
+        return cls(device, config.workers, config.timeout, key, expected, directory, **options)
 
-def run_load(loader: Loader, snapshot: Snapshot, cache: str, number: int, job: Job) -> Run:
+
+def run_load(loader: Loader, snapshot: Snapshot, cache: str | None, number: int, job: Job) -> Run:
     """Load `snapshot` once in a fresh process (or several), and compare what that gives with `job.expected`.
 
-    Its files are read beforehand and, for a cold cache, dropped from it. However the load ends, that is the `Run` of
-    the round `number`.
+    Beforehand its files are read (warm) or dropped from the page cache (cold); without `cache`, that is left as it is.
+    However the load ends, that is the `Run` of the round `number`.
     """
     given = {
         "job": "load",

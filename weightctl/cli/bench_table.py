@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from weightctl import units
@@ -42,11 +42,12 @@ def show(result: BenchResult) -> None:
         for name in ("strategy", "cache", "median", *(("interval", "runs") if wide else ("±",)), "GB/s"):
             table.add_column(name, justify="left" if name in ("strategy", "cache") else "right", no_wrap=True)
         table.add_column("of limit", no_wrap=True)
-        for name in ("host", *(("pinned",) if wide else ()), "device", *(("imports", "start-up") if wide else ())):
+        memory = ["host", *(kind for kind in ("pinned", "device")[not wide :] if any(_peak(r, kind) for r in measured))]
+        for name in (*memory, *(("imports", "start-up") if wide else ())):
             table.add_column(name, justify="right", no_wrap=True)
         best = [min((r for r in measured if r.cache == cache), key=_median) for cache in {r.cache for r in measured}]
         for row in measured:
-            table.add_row(*_cells(row, row in best, wide), style="bold" if row in best else "")
+            table.add_row(*_cells(row, row in best, wide, memory), style="bold" if row in best else "")
         console.print(table)
     for note in _notes(result):
         console.print(ui.printable(note), markup=False)
@@ -69,7 +70,11 @@ def _headline(result: BenchResult) -> Iterator[str]:
     yield f"ceilings: {rates}"
 
 
-def _cells(row: Row, best: bool, wide: bool) -> Iterator[Text | str]:
+def _peak(row: Row, kind: str) -> int:
+    return getattr(row, f"peak_{kind}_bytes") or 0
+
+
+def _cells(row: Row, best: bool, wide: bool, memory: Sequence[str]) -> Iterator[Text | str]:
     from rich.text import Text
 
     from weightctl.benchmark.summary import width
@@ -88,10 +93,7 @@ def _cells(row: Row, best: bool, wide: bool) -> Iterator[Text | str]:
     else:
         bar = _bar(row.share, WIDE_BAR if wide else NARROW_BAR)
         yield Text.assemble((bar, "green" if best else "cyan"), f" {row.share:>4.0%}")
-    yield units.size(row.peak_host_bytes or 0)
-    if wide:
-        yield units.size(row.peak_pinned_bytes) if row.peak_pinned_bytes else ""
-    yield units.size(row.peak_device_bytes) if row.peak_device_bytes else ""
+    yield from (units.size(_peak(row, kind)) if _peak(row, kind) else "" for kind in memory)
     if wide:
         for phase in ("imports", "device"):
             yield units.seconds(row.phases[phase]) if phase in row.phases else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from weightctl.benchmark.results import BenchResult, Scenario, Stage
     from weightctl.operations.scenario import Shipping
 
-BAR = 8
-"""Characters, for the longest start."""
+NARROW_BAR, WIDE_BAR, WIDE = 8, 32, 110
+"""Characters for the longest start, and columns from which there is room for the longer bar."""
 
 STAGES = {"pull": "█", "unpack": "▓", "copy": "█", "start": "░", "load": "▒"}
 
@@ -84,10 +85,11 @@ def show(result: BenchResult) -> None:
     about = f"{model.name}: {units.size(model.bytes)}, {model.format}, to {result.settings.device}"
     ui.show(f"{about}, cold starts: {result.settings.runs}")
     if rows:
-        longest = max(row.median_seconds or 0.0 for row in rows)
+        columns = shutil.get_terminal_size().columns
+        scale = (WIDE_BAR if columns >= WIDE else NARROW_BAR) / max(row.median_seconds or 0.0 for row in rows)
         best = min(rows, key=lambda row: row.median_seconds or 0.0)
-        columns = ("scenario", "way", "jobs", "fetch", "unpack", "start", "load", "all", "")
-        ui.show_table(columns, [_cells(row, row is best, longest) for row in rows])
+        names = ("scenario", "way", "jobs", "fetch", "unpack", "start", "load", "all", "")
+        ui.show_table(names, [_cells(row, row is best, scale) for row in rows])
         key = {name: STAGES[name] for row in rows for name in (stage.name for stage in row.stages)}
         ui.show(
             ", ".join(f"{mark} {'/'.join(n for n in key if key[n] == mark)}" for mark in dict.fromkeys(key.values()))
@@ -96,28 +98,30 @@ def show(result: BenchResult) -> None:
             ui.show(line)
     for row in result.scenarios:
         if row.status != "ok":
-            ui.show(f"{row.scenario}, {row.way} {row.status}: {row.reason}")
+            ui.show(ui.printable(f"{row.scenario}, {row.way} {row.status}: {row.reason}"))
+    if not result.complete:
+        ui.show("it did not come to its end")
 
 
-def _cells(row: Scenario, best: bool, longest: float) -> tuple[str, ...]:
+def _cells(row: Scenario, best: bool, scale: float) -> tuple[str, ...]:
     found = {stage.name: stage for stage in row.stages}
     fetch = found.get("pull") or found.get("copy")
     times = [_time(fetch), *(_time(found.get(name)) for name in ("unpack", "start", "load"))]
     everything = units.seconds(row.median_seconds or 0.0)
     jobs = str(row.jobs) if row.jobs else ""
-    return (row.scenario, row.way, jobs, *times, everything + (" ←" if best else ""), _bar(row.stages, longest))
+    return (row.scenario, row.way, jobs, *times, everything + (" ←" if best else ""), _bar(row.stages, scale))
 
 
 def _time(stage: Stage | None) -> str:
     return units.seconds(stage.seconds) if stage else ""
 
 
-def _bar(stages: Sequence[Stage], longest: float) -> str:
+def _bar(stages: Sequence[Stage], scale: float) -> str:
     """Every stage as long as it took; each ends where the sum up to it does."""
     bar, so_far = "", 0.0
     for stage in stages:
         so_far += stage.seconds
-        bar += STAGES.get(stage.name, "█") * (round(so_far / longest * BAR) - len(bar))
+        bar += STAGES.get(stage.name, "█") * (round(so_far * scale) - len(bar))
     return bar
 
 

@@ -18,8 +18,9 @@ from weightctl.benchmark import advice
 from weightctl.benchmark.advice import Option, Rates, Situation, Turn
 from weightctl.benchmark.ceilings import forget_files, read_files
 from weightctl.benchmark.results import BenchResult, read_result
-from weightctl.benchmark.runner import run_job
-from weightctl.benchmark.scenarios import time_load
+from weightctl.benchmark.runner import Job, run_job, run_load
+from weightctl.benchmark.scenarios import last_stages
+from weightctl.benchmark.scratch import temporary
 from weightctl.config import Config
 from weightctl.errors import UsageError, translated_os_errors
 from weightctl.loaders import FormatLoader, Loader, choose_loader, loaders, open_stored, own_format, weight_files
@@ -147,6 +148,7 @@ def _figures(
         )
     with _directory() as directory:
         if past is None:
+            loaders.get("safetensors").require()
             size = f"{SAMPLE_BYTES >> 20} MiB"
             progress.note(
                 f"measuring this machine with a model of {size}; --bench FILE takes what a bench has measured"
@@ -159,13 +161,13 @@ def _figures(
             else run_job({"device": config.device}, config.timeout)["environment"]["device"]
         )
         if past is None:
-            loader = choose_loader(config.strategy, sample, device)
-            found |= _loads(("load", "load_cold"), loader, sample, sample, device, config)
+            job = Job.of(open_stored(sample), device, directory, config, progress)
+            found |= _loads(("load", "load_cold"), choose_loader(config.strategy, sample, device), sample, job)
         home = loaders.get("tensorizer")
         if (past is None or "file" in known) and not home.unavailable():
             file, found["serialize"] = _serialized(sample, directory, progress)
             if past is None:
-                found |= _loads(("file", "file_cold"), home(), file, sample, device, config)
+                found |= _loads(("file", "file_cold"), home(), file, job)
     # A load from the disk reads it too: no raw read is slower.
     both = {**found, **known}
     read = max(both["read"], both["load_cold"], both.get("file_cold", 0.0))
@@ -221,12 +223,10 @@ def recorded(past: BenchResult) -> dict[str, float]:
 
 @contextmanager
 def _directory() -> Iterator[Path]:
-    with (
-        translated_os_errors(f"write to {tempfile.gettempdir()}"),
-        tempfile.TemporaryDirectory(prefix="weightctl-advise-") as directory,
-    ):
-        storage.check_space(Path(directory), 4 * SAMPLE_BYTES)
-        yield Path(directory)
+    where = Path(tempfile.gettempdir())
+    with translated_os_errors(f"write to {where}"), temporary(where) as directory:
+        storage.check_space(directory, 4 * SAMPLE_BYTES)
+        yield directory
 
 
 def _written(directory: Path) -> tuple[Snapshot, float]:
@@ -292,17 +292,10 @@ def _serialized(sample: Snapshot, directory: Path, progress: Progress) -> tuple[
     return Snapshot("sample", path.parent, (File(path.name, path.stat().st_size, path),)), rate
 
 
-def _loads(
-    names: tuple[str, str], loader: Loader, form: Snapshot, sample: Snapshot, device: str, config: Config
-) -> dict[str, float]:
+def _loads(names: tuple[str, str], loader: Loader, form: Snapshot, job: Job) -> dict[str, float]:
     """Bytes a second of a warm and of a cold load of `form`, and the seconds before one can begin."""
-    paths = [file.source for file in form.files]
     found: dict[str, float] = {}
-    for name, cached in zip(names, (True, False), strict=True):
-        if cached:
-            read_files(paths, config.workers)
-        else:
-            forget_files(paths)
-        start, load = time_load(loader, form, sample, device=device, timeout=config.timeout)
+    for name, cache in zip(names, ("warm", "cold"), strict=True):
+        start, load = last_stages(run_load(loader, form, cache, 1, job), form)
         found |= {name: load.bytes / load.seconds, "start": start.seconds}
     return found

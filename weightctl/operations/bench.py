@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
 import re
 import secrets
 import tempfile
@@ -19,12 +18,11 @@ from pathlib import Path
 from weightctl import storage
 from weightctl.benchmark.ceilings import drop_caches as drop_all
 from weightctl.benchmark.ceilings import limits
-from weightctl.benchmark.hashing import expected_fingerprints
 from weightctl.benchmark.results import SCHEMA, BenchResult, Limit, Model, Row, Run, Settings, read_result, write_result
 from weightctl.benchmark.runner import Job, run_job, run_load
 from weightctl.benchmark.scratch import sweep, temporary
 from weightctl.benchmark.summary import CONFIDENCE, Floor, compare, summarize, width
-from weightctl.config import Config
+from weightctl.config import Config, user_directory
 from weightctl.digests import Identity
 from weightctl.errors import UsageError, translated_os_errors
 from weightctl.loaders import FormatLoader, Loader, loaders, open_stored, own_format, weight_files
@@ -35,7 +33,7 @@ from weightctl.operations.serialize import write_verified
 from weightctl.progress import Progress
 
 CACHES = ("warm", "cold")
-"""warm: every file of the model was read just before. cold: and then dropped from the page cache."""
+"""Every file of the model was just read, or dropped from the page cache."""
 
 RUNS = 10
 """Of each row at most, unless `config.runs` says otherwise."""
@@ -85,37 +83,30 @@ def bench(
     caches = tuple(dict.fromkeys(caches or ("warm",)))
     if unknown := set(caches) - set(CACHES):
         raise UsageError(f"unknown cache state {unknown.pop()!r}", f"known: {', '.join(CACHES)}")
-    if output is not None and not output.absolute().parent.is_dir():
-        raise UsageError(f"{output.absolute().parent} does not exist", "--output is the file to write the result to")
+    check_output(output)
     for floor in floors:
         if floor.strategy not in (loader.name for loader in chosen) or floor.cache not in (None, *caches):
             raise UsageError(f"{floor} is a floor of what is not measured", "ask for it with --strategy and --cache")
     older = read_result(against) if against else None
     if drop_caches:
         drop_all()
-    created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    created = now()
     snapshot = resolve(
         model, revision=revision, include=include, exclude=exclude, verify=True, config=config, progress=progress
     )
-    stored = open_stored(snapshot)
-    if not stored.bytes:
-        raise UsageError(f"the tensors of {snapshot.name} have no bytes", "there is nothing to time")
+    stored, about = opened(snapshot)
     paths = [str(file.source) for file in weight_files(snapshot)]
     environment = run_job({"job": "describe", "device": config.device, "files": paths}, config.timeout)["environment"]
-    key = secrets.token_bytes(16)
-    with progress.task("hashing the tensors", stored.bytes) as task:
-        expected = expected_fingerprints(stored, key, task)
     runs = config.runs or RUNS
     settings = Settings(
         config.device, tuple(loader.name for loader in chosen), caches, runs, config.precision, CONFIDENCE,
         config.timeout, config.workers, drop_caches, construct,
     )  # fmt: skip
-    about = _about(snapshot, stored)
     path = output or _kept(created, snapshot.name, progress)
     with _directories(scratch) as (passing, kept):
-        job = Job(
-            environment["device"], config.workers, config.timeout, key, tuple(expected), passing, nproc, drop_caches,
-            construct,
+        job = Job.of(
+            stored, environment["device"], passing, config, progress,
+            processes=nproc, drop_caches=drop_caches, construct=construct,
         )  # fmt: skip
         ready = {loader.name: _made_ready(loader, snapshot, stored, kept, progress) for loader in chosen}
         measured = _Measured(ready, {(loader.name, cache): [] for cache in caches for loader in chosen})
@@ -224,9 +215,24 @@ class _Measured:
         return f"round {number} of up to {most}{known}"
 
 
-def _about(snapshot: Snapshot, stored: Stored) -> Model:
+def now() -> str:
+    """In UTC, as results have it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def check_output(output: Path | None) -> None:
+    """Raise UsageError for a file in a directory that is not there."""
+    if output is not None and not output.absolute().parent.is_dir():
+        raise UsageError(f"{output.absolute().parent} does not exist", "--output is the file to write the result to")
+
+
+def opened(snapshot: Snapshot) -> tuple[Stored, Model]:
+    """The tensors of a model that is to be timed, and what a result says of it. Raises UsageError if they are empty."""
+    stored = open_stored(snapshot)
+    if not stored.bytes:
+        raise UsageError(f"the tensors of {snapshot.name} have no bytes", "there is nothing to time")
     known = all(file.sha256 for file in snapshot.files)
-    return Model(
+    return stored, Model(
         snapshot.name, snapshot.commit, own_format(snapshot), len(snapshot.files), len(stored.entries), stored.bytes,
         snapshot.digest if known else None,
     )  # fmt: skip
@@ -234,8 +240,7 @@ def _about(snapshot: Snapshot, stored: Stored) -> Model:
 
 def _kept(created: str, name: str, progress: Progress) -> Path | None:
     """Where a result is kept that nobody asked to save, beside the last few; None if nothing can be kept."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    directory = home / "weightctl" / "bench"
+    directory = user_directory("cache") / "weightctl" / "bench"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for old in sorted(directory.glob("*.json"))[: 1 - KEPT_RESULTS]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
+import json
 import secrets
 import shutil
 import tempfile
@@ -11,23 +11,26 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from weightctl import storage
-from weightctl.benchmark.ceilings import COLD_RESIDENCY, forget_files, read_files, residency
+from weightctl.benchmark.ceilings import forget_files, read_files
 from weightctl.benchmark.engines import Engine, Image, engines
-from weightctl.benchmark.results import SCHEMA, BenchResult, ColdStart, Model, Scenario, Settings, Stage, write_result
-from weightctl.benchmark.runner import run_job
-from weightctl.benchmark.scenarios import SCENARIOS, Kind, summarize, time_load
+from weightctl.benchmark.results import SCHEMA, BenchResult, ColdStart, Scenario, Settings, Stage, write_result
+from weightctl.benchmark.runner import Job, run_job, run_load
+from weightctl.benchmark.scenarios import SCENARIOS, Kind, last_stages, summarize
 from weightctl.benchmark.scratch import PREFIX, temporary
+from weightctl.benchmark.summary import CONFIDENCE
 from weightctl.config import Config
 from weightctl.errors import IntegrityError, UsageError, WeightctlError, translated_os_errors
 from weightctl.images.credentials import is_loopback
 from weightctl.images.oci import ImageName
-from weightctl.images.registry_client import RegistryClient, RegistryError
-from weightctl.loaders import Loader, choose_loader, loaders, open_stored, own_format, weight_files
+from weightctl.images.registry_client import RegistryClient
+from weightctl.loaders import Loader, choose_loader, loaders, weight_files
 from weightctl.model import File, Snapshot
 from weightctl.operations.bake import Recipe, bake
+from weightctl.operations.bench import check_output, now, opened
 from weightctl.operations.push_volume import push_volume
 from weightctl.operations.resolve import resolve
 from weightctl.operations.serialize import serialize
@@ -37,7 +40,8 @@ from weightctl.sources.directory import read_directory
 RUNS = 3
 """Unless `config.runs` says otherwise: a whole cold start takes long."""
 
-CONFIDENCE = 0.95
+SCRATCH, IMAGE = "weightctl-start-", "image"
+"""How its directory's name begins, and the file in it that names the image which engines pull."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class _Arrived:
     stages: tuple[Stage, ...]
     snapshot: Snapshot
     cold: bool
-    """Whether its files must not be in the page cache."""
+    """Whether its files must not be in the page cache, since nothing has just brought them."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +92,14 @@ class _Bench:
     include: Sequence[str]
     exclude: Sequence[str]
     shipping: Shipping
-    device: str
-    scratch: Path
+    job: Job
     config: Config
     progress: Progress
+
+    @property
+    def scratch(self) -> Path:
+        """The local disk."""
+        return self.job.directory
 
     @property
     def directory(self) -> str:
@@ -100,7 +108,7 @@ class _Bench:
 
     def loader(self, snapshot: Snapshot) -> Loader:
         """What loads it. Raises UsageError if that cannot."""
-        return choose_loader(self.shipping.strategy, snapshot, self.device)
+        return choose_loader(self.shipping.strategy, snapshot, self.job.device)
 
     def forget(self) -> None:
         """Let a deployment begin with the model's files on the disk alone."""
@@ -128,24 +136,19 @@ def run_scenarios(
         raise UsageError(f"unknown scenario {unknown.pop()!r}", f"known: {', '.join(SCENARIOS)}")
     for engine in shipping.engines:
         engines.get(engine)
-    if output is not None and not output.absolute().parent.is_dir():
-        raise UsageError(f"{output.absolute().parent} does not exist", "--output is the file to write the result to")
+    check_output(output)
     wanted = {"include": include, "exclude": exclude}
     snapshot = resolve(model, revision=revision, **wanted, verify=True, config=config, progress=progress)
-    stored = open_stored(snapshot)
-    if not stored.bytes:
-        raise UsageError(f"the tensors of {snapshot.name} have no bytes", "there is nothing to time")
+    stored, about = opened(snapshot)
     runs = config.runs or RUNS
-    machine = run_job({"device": config.device}, config.timeout)
-    began = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    about = Model(
-        snapshot.name, snapshot.commit, own_format(snapshot), len(snapshot.files), len(stored.entries), stored.bytes
-    )
-    settings = Settings(
-        machine["environment"]["device"], (shipping.strategy,), ("cold",), runs, 0.0, CONFIDENCE, config.timeout,
-        config.workers,
-    )  # fmt: skip
     paths = [file.source for file in weight_files(snapshot)]
+    asked = {"job": "describe", "device": config.device, "files": list(map(str, paths))}
+    environment = run_job(asked, config.timeout)["environment"]
+    device = environment["device"]
+    created = now()
+    settings = Settings(
+        device, (shipping.strategy,), ("cold",), runs, 0.0, CONFIDENCE, config.timeout, config.workers
+    )  # fmt: skip
     forget_files(paths)
     ceilings = {"cold_read": read_files(paths, config.workers), "warm_read": read_files(paths, config.workers)}
     starts: dict[int, list[ColdStart]] = {}
@@ -154,13 +157,13 @@ def run_scenarios(
     def result(complete: bool) -> BenchResult:
         rows = [
             item if isinstance(item, Scenario) else dataclasses.replace(
-                summarize(item.kind, item.name, item.jobs, item.loader.name, item.deploy, starts[number], CONFIDENCE),
+                summarize(item.kind, item.name, item.jobs, item.loader.name, item.deploy, starts[number]),
                 layers=layers if item.kind == "image" else None,
             )
             for number, item in enumerate(ways) if isinstance(item, Scenario) or starts[number]
         ]  # fmt: skip
         found = BenchResult(
-            SCHEMA, began, machine["environment"], ceilings, (), about, settings, (), complete, scenarios=tuple(rows)
+            SCHEMA, created, environment, ceilings, (), about, settings, (), complete, scenarios=tuple(rows)
         )
         if output is not None:
             write_result(found, output)
@@ -168,8 +171,9 @@ def run_scenarios(
 
     where = shipping.scratch or Path(tempfile.gettempdir())
     with translated_os_errors(f"write to {where}"), ExitStack() as shipped:
-        scratch = shipped.enter_context(temporary(where))
-        bench = _Bench(snapshot, include, exclude, shipping, settings.device, scratch, config, progress)
+        scratch = shipped.enter_context(temporary(where, SCRATCH, partial(_undo, config, progress)))
+        job = Job.of(stored, device, scratch, config, progress)
+        bench = _Bench(snapshot, include, exclude, shipping, job, config, progress)
         ways: list[_Way | Scenario] = []
         for kind in dict.fromkeys(shipping.scenarios):
             ways += _deployed(kind, bench, shipped)
@@ -180,7 +184,7 @@ def run_scenarios(
                     past = starts[place]
                     if isinstance(way, Scenario) or any(start.status == "failed" for start in past):
                         continue
-                    past.append(_start(way, bench, number))
+                    past.append(_start(way, job, number))
                     words = past[-1].reason or past[-1].mark or f"{past[-1].seconds:.2f} s"
                     progress.note(f"{_title(way)}: {words}, start {number} of {runs}")
                     result(False)
@@ -209,20 +213,15 @@ def _deployed(kind: str, bench: _Bench, shipped: ExitStack) -> list[_Way | Scena
         return [Scenario(kind, "deploy", None, "failed", error.message)]  # type: ignore[arg-type]
 
 
-def _start(way: _Way, bench: _Bench, number: int) -> ColdStart:
+def _start(way: _Way, job: Job, number: int) -> ColdStart:
     """One cold start, and whether the tensors are the model's own."""
     try:
         with (
-            tempfile.TemporaryDirectory(dir=bench.scratch, ignore_cleanup_errors=True) as directory,
+            tempfile.TemporaryDirectory(dir=job.directory, ignore_cleanup_errors=True) as directory,
             way.begin(Path(directory)) as arrived,
         ):
-            paths = [file.source for file in weight_files(arrived.snapshot)]
-            cached = residency(paths) if arrived.cold else 0.0
-            stages = arrived.stages + time_load(
-                way.loader, arrived.snapshot, bench.snapshot, device=bench.device, timeout=bench.config.timeout
-            )
-            mark = f"it was not cold: {cached:.0%} of the files was cached" if cached > COLD_RESIDENCY else None
-            return ColdStart(number, "ok", None, mark, stages)
+            run = run_load(way.loader, arrived.snapshot, "cold" if arrived.cold else None, number, job)
+            return ColdStart(number, "ok", None, run.mark, arrived.stages + last_stages(run, arrived.snapshot))
     except IntegrityError:
         raise
     except WeightctlError as error:
@@ -256,8 +255,9 @@ def _image(bench: _Bench, shipped: ExitStack) -> list[_Way | Scenario]:
     host = (name.registry or "").rpartition(":")[0] or name.registry
     plain = bench.config.plain_http or is_loopback(host)
     image = Image(str(name), baked.bytes, layout, plain)
+    (bench.scratch / IMAGE).write_text(json.dumps([image.name, None if layout else baked.digest]))
     if layout is None:
-        shipped.callback(_forget_image, name, baked.digest, bench)
+        shipped.callback(_forget_image, name, baked.digest, bench.config, bench.progress)
     deploy = (Stage("bake", baked.written_bytes, baked.seconds),)
     loader = bench.loader(bench.snapshot)
     for engine in able:
@@ -297,12 +297,23 @@ def _root(file: File) -> Path:
     return file.source.parents[file.path.count("/")]
 
 
-def _forget_image(name: ImageName, digest: str, bench: _Bench) -> None:
+def _forget_image(name: ImageName, digest: str, config: Config, progress: Progress) -> None:
     try:
-        client = RegistryClient(name, actions="pull,push,delete", plain_http=bench.config.plain_http)
+        client = RegistryClient(name, actions="pull,push,delete", plain_http=config.plain_http)
         client.delete_manifest(digest)
-    except RegistryError as error:
-        bench.progress.note(f"{name} stays in the registry, which does not delete it: {error.message}")
+    except WeightctlError as error:
+        progress.note(f"{name} stays in the registry, which does not delete it: {error.message}")
+
+
+def _undo(config: Config, progress: Progress, leftover: Path) -> None:
+    """Have the registry, and every engine that answers, forget the image of a killed bench."""
+    if (note := leftover / IMAGE).exists():
+        name, digest = json.loads(note.read_text())
+        for engine in map(engines.get, engines.names()):
+            if not engine.unavailable():
+                engine().forget(name)
+        if digest:
+            _forget_image(ImageName.parse(name), digest, config, progress)
 
 
 # A volume.
@@ -344,11 +355,7 @@ def _copied(file: File, directory: Path) -> File:
 
 
 def _in_place(snapshot: Snapshot) -> Callable[[Path], AbstractContextManager[_Arrived]]:
-    def begin(_: Path) -> AbstractContextManager[_Arrived]:
-        forget_files([file.source for file in snapshot.files])
-        return nullcontext(_Arrived((), snapshot, cold=True))
-
-    return begin
+    return lambda _: nullcontext(_Arrived((), snapshot, cold=True))
 
 
 # Files.

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TypeVar
 
 from weightctl import units
-from weightctl.benchmark.results import PHASES, BenchResult, Row, Scenario
+from weightctl.benchmark.results import PHASES, BenchResult, Interval, Row, Scenario
 
 NOTHING = "–"
 """What a cell shows that has no value."""
@@ -104,10 +104,12 @@ def how_to_read(result: BenchResult) -> str:
             "device, stage after stage; a time is the median of those that count. "
             "What was done once, before the first of them, is listed as deploying and is in no time."
         )
-    often = f"{result.settings.confidence * 100:g}"
+    wanted, known = result.settings.confidence, [row.interval for row in result.results if row.interval]
+    few = ", and less often where the runs were too few" if any(each.confidence < wanted for each in known) else ""
     return (
         "Every run loads the whole model in a fresh process and counts only if each tensor equals the model's own "
-        f"bytes; a time is the median of those, and its interval holds the true median {often} times in 100. "
+        f"bytes; a time is the median of those, and its interval holds the true median {wanted * 100:g} times in "
+        f"100{few}. "
         "The limit is the least time in which this machine can read the files and copy them to the device: "
         "what a strategy lacks to 100 % of it is its own doing."
     )
@@ -131,7 +133,7 @@ def _figures(row: Row) -> tuple[str, ...]:
         row.strategy,
         row.cache,
         shown(row.median_seconds, units.seconds),
-        shown(row.interval, lambda interval: units.span(interval.low, interval.high)),
+        _span(row.interval),
         shown(row.bytes_per_second, units.rate),
         shown(row.share, units.share),
         f"{len(row.seconds)}",
@@ -141,6 +143,11 @@ def _figures(row: Row) -> tuple[str, ...]:
         shown(row.peak_device_bytes or None, units.size),
         shown(row.residency, units.share),
     )
+
+
+def _span(interval: Interval | None) -> str:
+    """One time alone has none."""
+    return units.span(interval.low, interval.high) if interval and interval.confidence else NOTHING
 
 
 def _journeys(result: BenchResult) -> Table:
@@ -153,7 +160,7 @@ def _journeys(result: BenchResult) -> Table:
             way(scenario),
             scenario.strategy or NOTHING,
             shown(scenario.median_seconds, units.seconds),
-            shown(scenario.interval, lambda interval: units.span(interval.low, interval.high)),
+            _span(scenario.interval),
             f"{len(scenario.seconds)}",
             *(shown(stages.get(name), units.seconds) for name in names),
         ))  # fmt: skip
