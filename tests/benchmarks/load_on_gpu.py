@@ -2,7 +2,9 @@
 
 python -m tests.benchmarks.load_on_gpu --directory /tmp/llama --gib 16 [--phases warm,cold,memory,small,process,logits]
 
-A disk that holds the model three times, and as much memory, make all of it possible.
+A disk that holds the model three times, and as much memory, make all of it possible. Every run is saved to --output as
+soon as it has ended. Each is a fresh process that brings the files into the page cache, so nothing is gained by a round
+to warm up. `--device cpu --gib 0.1` tries it out.
 """
 
 from __future__ import annotations
@@ -14,10 +16,15 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+
+from weightctl.cli import bench_table, ui
+from weightctl.config import Config
+from weightctl.operations.bench import bench
 
 SHARD_BYTES = 2 << 30
 STRATEGIES = ("pipelined", "safetensors", "fastsafetensors", "runai", "instanttensor")
@@ -83,20 +90,23 @@ def write_llama(directory: Path, nbytes: int) -> None:
     (directory / "config.json").write_text(json.dumps(config))
 
 
-def check_logits(directory: Path) -> None:
+def check_logits(directory: Path, device: str) -> None:
     """load_model by each strategy against from_pretrained: the same logits, bit by bit."""
     import transformers
 
     import weightctl
+    from weightctl.loaders import loaders
 
-    tokens = torch.arange(64, device="cuda")[None]
+    tokens = torch.arange(64, device=device)[None]
     with torch.no_grad():
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, device_map={"": "cuda"})
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, device_map={"": device})
         expected = theirs.eval()(tokens).logits.cpu()
         del theirs
         for strategy in STRATEGIES:
             torch.cuda.empty_cache()
-            ours = weightctl.load_model(directory, device="cuda", strategy=strategy)
+            if loaders.get(strategy).unavailable() or (strategy, device) == ("instanttensor", "cpu"):
+                continue
+            ours = weightctl.load_model(directory, device=device, strategy=strategy)
             equal = torch.equal(ours(tokens).logits.cpu(), expected)
             placed = {str(tensor.device) for tensor in (*ours.parameters(), *ours.buffers())}
             print(
@@ -109,24 +119,25 @@ def check_logits(directory: Path) -> None:
 WHOLE = {
     "weightctl.load_model": """
 import sys, torch, weightctl
-model = weightctl.load_model(sys.argv[1], "cuda")
+model = weightctl.load_model(sys.argv[1], sys.argv[2])
 """,
     "from_pretrained": """
 import sys, torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], device_map={"": "cuda"}).eval()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], device_map={"": sys.argv[2]}).eval()
 """,
 }
 """What a server does once, at start."""
 
 PEAKS = """
-torch.cuda.synchronize()
+if torch.cuda.is_available():
+    torch.cuda.synchronize()
 nbytes = sum(tensor.nbytes for tensor in model.parameters())
 print(torch.cuda.max_memory_allocated() / nbytes, torch.cuda.max_memory_reserved() / nbytes)
 """
 
 
-def time_whole_processes(directory: Path, rounds: int) -> None:
+def time_whole_processes(directory: Path, device: str, rounds: int) -> None:
     """From the start of Python to a model on the device, by turns."""
     seconds: dict[str, list[float]] = {name: [] for name in WHOLE}
     peaks: dict[str, str] = {}
@@ -134,64 +145,80 @@ def time_whole_processes(directory: Path, rounds: int) -> None:
         for name, program in WHOLE.items():
             began = time.monotonic()
             done = subprocess.run(
-                [sys.executable, "-c", program + PEAKS, str(directory)], stdout=subprocess.PIPE, text=True, check=True
-            )
+                [sys.executable, "-c", program + PEAKS, str(directory), device],
+                stdout=subprocess.PIPE, text=True, check=True,
+            )  # fmt: skip
             seconds[name].append(time.monotonic() - began)
             peaks[name] = done.stdout.strip()
+            print(f"{name}: {seconds[name][-1]:.2f} s", flush=True)
     print("whole process, seconds of each round; peak device memory allocated and reserved / the model's")
     for name, found in seconds.items():
         each = ", ".join(f"{one:.2f}" for one in found)
         print(f"{name:24} {statistics.median(found):6.2f}  ({each})  {peaks[name]}", flush=True)
 
 
-def bench(model: Path, output: Path, *options: object) -> None:
-    """As a user runs it."""
-    command = (sys.executable, "-m", "weightctl", "bench", model, "--device", "cuda", "--output", output, *options)
-    subprocess.run([*map(str, command)], check=True)
+def measure(arguments: argparse.Namespace, model: Path, name: str, cache: str, strategies: Sequence[str] = ()) -> None:
+    """`weightctl bench`, without its round to warm up, and always with all rounds; its table."""
+    settings = {"device": arguments.device, "runs": arguments.runs, "precision": 0, "timeout": 120}
+    with ui.progress() as progress:
+        result = bench(
+            str(model), strategies=strategies, caches=(cache,), warm_up=False, scratch=arguments.directory / "scratch",
+            output=arguments.output / f"{name}.json", config=Config.load(settings), progress=progress,
+        )  # fmt: skip
+    bench_table.show(result)
+
+
+QUICK = ("pipelined", "instanttensor", "safetensors")
+"""Those that come near the hardware, and the one that everybody has."""
 
 
 def main() -> None:
-    """Make the models, run the bench as a user does, then look at models in whole processes."""
+    """Make the models, run the bench, then look at models in whole processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, default=Path("llama"), help="on a disk")
     parser.add_argument("--memory", type=Path, default=Path("/dev/shm/llama"), help="on a tmpfs")
     parser.add_argument("--gib", type=float, default=16)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--strategy", action="append", help="in the phase warm [default: all]")
     parser.add_argument("--output", type=Path, default=Path(), help="a directory for the results")
     parser.add_argument("--phases", default="warm,cold,memory,small,process,logits")
     arguments = parser.parse_args()
-    directory, scratch = arguments.directory.absolute() / "model", arguments.directory.absolute() / "scratch"
-    if not (directory / "config.json").exists():
-        write_llama(directory, int(arguments.gib * (1 << 30)))
-    options = ("--runs", arguments.runs, "--scratch", scratch)
-    quick = [option for name in ("pipelined", "instanttensor", "safetensors") for option in ("--strategy", name)]
+    arguments.directory = arguments.directory.absolute()
+    model = arguments.directory / "model"
 
     def warm() -> None:
-        bench(directory, arguments.output / "warm.json", "--cache", "warm", *options)
+        measure(arguments, model, "warm", "warm", arguments.strategy or ())
 
     def cold() -> None:
-        bench(directory, arguments.output / "cold.json", "--cache", "cold", *quick, *options)
+        measure(arguments, model, "cold", "cold", QUICK)
 
     def memory() -> None:
         copy = arguments.memory.absolute() / "model"
-        shutil.copytree(directory, copy, dirs_exist_ok=True)
-        bench(copy, arguments.output / "memory.json", "--cache", "warm", *quick, *options)
-        shutil.rmtree(copy)
+        shutil.copytree(model, copy, dirs_exist_ok=True)
+        try:
+            measure(arguments, copy, "memory", "warm", QUICK)
+        finally:
+            shutil.rmtree(copy)
 
     def small() -> None:
         for name, nbytes in (("1-gib", 1 << 30), ("91-mb", 91 * 10**6)):
-            model = arguments.directory.absolute() / name
-            write_llama(model, nbytes)
-            bench(model, arguments.output / f"{name}.json", "--cache", "warm", *quick, *options)
+            write_llama(arguments.directory / name, nbytes)
+            measure(arguments, arguments.directory / name, name, "warm", QUICK)
 
     def process() -> None:
-        time_whole_processes(directory, arguments.runs)
+        time_whole_processes(model, arguments.device, arguments.runs)
 
     def logits() -> None:
-        check_logits(directory)
+        check_logits(model, arguments.device)
 
     phases = {action.__name__: action for action in (warm, cold, memory, small, process, logits)}
-    for name in arguments.phases.split(","):
+    wanted = arguments.phases.split(",")
+    began = time.monotonic()
+    if wanted != ["small"] and not (model / "config.json").exists():
+        write_llama(model, int(arguments.gib * (1 << 30)))
+        print(f"the model is written ({time.monotonic() - began:.0f} s)", flush=True)
+    for name in wanted:
         began = time.monotonic()
         print(f"\n== {name}", flush=True)
         phases[name]()

@@ -1,6 +1,8 @@
 """One model on many GPUs: a process each, loading by itself, sharing the reads with the others, or its slices alone.
 
 python -m tests.benchmarks.load_on_many_gpus --directory /tmp/llama --gib 16 --nproc 2
+
+Every run is saved to --output as soon as it has ended. `--device cpu --gib 0.1` tries it out.
 """
 
 from __future__ import annotations
@@ -217,14 +219,14 @@ def main() -> None:
             prepare(model, arguments.cache)
             found[way].append(run(arguments, way))
             print(f"run {number + 1}: {WAYS[way][0]}: {found[way][-1]}", file=sys.stderr, flush=True)
+            if arguments.output:
+                arguments.output.write_text(json.dumps(found, indent=2))
     print(
         f"{nbytes / 1e9:.2f} GB, {arguments.nproc} processes, {arguments.cache} page cache, torch {torch.__version__}"
     )
     for way, runs in found.items():
         failed = next((one for one in runs if isinstance(one, str)), None)
         print(f"{WAYS[way][0]:36}", failed or line([one for one in runs if isinstance(one, dict)]))
-    if arguments.output:
-        arguments.output.write_text(json.dumps(found, indent=2))
 
 
 def line(runs: list[dict[str, float]]) -> str:
