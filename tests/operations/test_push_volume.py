@@ -77,7 +77,7 @@ def test_a_plan_tells_what_a_push_then_does(model: Path, volume: Path) -> None:
     assert (before.name, before.files, before.missing_bytes, before.exists) == ("m", 8, 0, False)
     assert list(volume.iterdir()) == []
     assert push(model, volume).copied_bytes == before.bytes
-    assert plan().exists
+    assert plan().path == push(model, volume).path
 
 
 def test_include_and_exclude(model: Path, volume: Path) -> None:

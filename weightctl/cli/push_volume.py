@@ -46,7 +46,7 @@ def push_volume(
             plan = plan_push(model, volume, name=name, revision=revision, **wanted, config=config, progress=progress)
             todo = "there already" if plan.exists else f"{ui.count(plan.files, 'file')}, {ui.size(plan.bytes)}, to copy"
             todo += f"; {ui.size(plan.missing_bytes)} to fetch first" if plan.missing_bytes else ""
-            return ui.show_plan(plan, json, volume / plan.name, f"{plan.name}: {todo}")
+            return ui.show_plan(plan, json, plan.path, f"{plan.name}: {todo}")
         result = run(
             model, volume, name=name, revision=revision, **wanted, keep=keep, verify=verify, no_cache=no_cache,
             config=config, progress=progress,

@@ -37,6 +37,8 @@ class PushPlan:
 
     volume: Path
     name: str
+    path: Path
+    """Of the version, if the volume has it; else of the model."""
     files: int
     bytes: int
     missing_bytes: int
@@ -114,11 +116,13 @@ def plan_push(
     target = volumes.get("directory")(volume)
     found = resolve.plan(model, revision=revision, include=include, exclude=exclude, config=config, progress=progress)
     name = check_name(name or found.snapshot.name)
+    there = None if found.missing else target.find(found.snapshot, name)
     return PushPlan(
         volume=volume.absolute(),
         name=name,
+        path=there or volume.absolute() / name,
         files=len(found.snapshot.files),
         bytes=found.snapshot.bytes,
         missing_bytes=sum(file.size for file in found.missing),
-        exists=not found.missing and target.find(found.snapshot, name) is not None,
+        exists=there is not None,
     )
