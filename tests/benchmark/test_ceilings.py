@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from weightctl.benchmark import ceilings
+from weightctl.benchmark.results import Model
 from weightctl.errors import WeightctlError
 
 
@@ -40,3 +41,17 @@ def test_to_ask_what_is_cached_changes_nothing(tmp_path: Path, size: int) -> Non
             stream.read(size // 2)
         assert [ceilings.residency(paths) for _ in range(2)] == pytest.approx([0.5, 0.5], abs=0.15)
     assert ceilings.residency([tmp_path / "empty"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("rates", "seconds", "bound"),
+    [
+        ({"warm_read": 50.0}, 4, "reading"),
+        ({"warm_read": 50.0, "warm_map": 100.0}, 2, "mapping"),
+        ({"warm_read": 50.0, "host_to_device": 20.0}, 5, "copying"),
+        ({"cold_read": 10.0, "host_to_device": 20.0}, 20, "reading"),
+    ],
+)
+def test_the_limit_is_what_takes_longest(rates: dict[str, float], seconds: float, bound: str) -> None:
+    (limit,) = ceilings.limits(rates, Model("m", None, "safetensors", 1, 1, 100, None), 200)
+    assert (limit.seconds, limit.bound) == (seconds, bound)

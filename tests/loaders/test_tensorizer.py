@@ -72,6 +72,13 @@ def test_no_damage_does_harm(tmp_path: Path, whole: bytes, place: int, damage: b
         assert sum(tensor.nbytes for tensor in tensors.values()) < len(whole)
 
 
+@pytest.mark.parametrize("length", [0, 2, 5, HEADER.size - 1])
+def test_a_file_that_ends_before_its_index(tmp_path: Path, whole: bytes, length: int) -> None:
+    (tmp_path / "model.tensors").write_bytes(whole[:length])
+    with pytest.raises(IntegrityError, match="is no Tensorizer file" if length < 5 else "ends within its header"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["weight", "half"])
 def test_a_flipped_bit_is_found(tmp_path: Path, whole: bytes, name: str) -> None:
     path = tmp_path / "model.tensors"

@@ -283,6 +283,8 @@ def test_what_cannot_be_is_said(tmp_path: Path) -> None:
         bench(model, caches=["hot"])
     with pytest.raises(UsageError, match="does not exist"):
         bench(model, output=tmp_path / "no" / "result.json")
+    with pytest.raises(UsageError, match="is a directory"):
+        bench(model, output=tmp_path)
     outcome = command("bench", model, "--device", "cuda:99")
     assert outcome.code == 2
     assert "cuda:99" in outcome.stderr

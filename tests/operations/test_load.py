@@ -248,6 +248,14 @@ def test_what_cannot_be_is_said(tmp_path: Path, crepe: Path) -> None:
     refused(weightctl.UsageError, "--include", "tiny.pth", model=crepe)
     if not torch.cuda.is_available():
         refused(weightctl.UsageError, "cuda", "cpu", model=tmp_path, device="cuda")
+    refused(weightctl.UsageError, "None", model=None)
+    refused(weightctl.UsageError, "'b*'", model=tmp_path, tensors="b*")
+
+
+def test_one_glob_need_not_be_in_a_list(tmp_path: Path) -> None:
+    save_file({"one": torch.ones(2), "two": torch.ones(3)}, tmp_path / "model.safetensors")
+    save_file({"three": torch.ones(4)}, tmp_path / "other.safetensors")
+    assert weightctl.load(tmp_path, include="model*", tensors="tw*").keys() == {"two"}
 
 
 def test_a_real_state_dict_loads(crepe: Path) -> None:

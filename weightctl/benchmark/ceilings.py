@@ -198,11 +198,11 @@ def limits(ceilings: Mapping[str, float], model: Model, file_bytes: int) -> tupl
     found = []
     for cache in ("warm", "cold"):
         names = (f"{cache}_read", "warm_map") if cache == "warm" else (f"{cache}_read",)
-        rate = max((ceilings[name] for name in names if name in ceilings), default=0.0)
+        rate, quickest = max(((ceilings[name], name) for name in names if name in ceilings), default=(0.0, ""))
         if rate:
             reading = file_bytes / rate
             copying = model.bytes / ceilings["host_to_device"] if "host_to_device" in ceilings else 0.0
             seconds = max(reading, copying)
-            bound = "reading" if reading >= copying else "copying"
+            bound = "copying" if reading < copying else "mapping" if quickest == "warm_map" else "reading"
             found.append(Limit(cache, seconds, model.bytes / seconds, bound))  # type: ignore[arg-type]
     return tuple(found)

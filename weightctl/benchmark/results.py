@@ -162,8 +162,8 @@ class Limit:
     seconds: float
     bytes_per_second: float
     """Of the model's tensors, in that time."""
-    bound: Literal["reading", "copying"]
-    """Which of the two takes that long."""
+    bound: Literal["reading", "mapping", "copying"]
+    """What takes that long."""
 
 
 @dataclass(frozen=True)

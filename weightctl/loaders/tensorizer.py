@@ -132,9 +132,12 @@ def _entries(path: Path) -> dict[str, Entry]:
     with translated_read_errors(path, CryptographyError):
         size = path.stat().st_size
         with path.open("rb") as stream:
-            magic, *_, index_bytes = HEADER.unpack(stream.read(HEADER.size))
-        if magic != MAGIC:
+            header = stream.read(HEADER.size)
+        if not header.startswith(MAGIC):
             raise IntegrityError(f"{path} is no Tensorizer file", "weightctl serialize makes one")
+        if len(header) < HEADER.size:
+            raise IntegrityError(f"{path} ends within its header", _TRUNCATED)
+        *_, index_bytes = HEADER.unpack(header)
         if index_bytes > size:
             raise IntegrityError(f"{path}: its index claims {index_bytes} bytes, the file has {size}", _TRUNCATED)
         entries: dict[str, Entry] = {}

@@ -221,9 +221,12 @@ def now() -> str:
 
 
 def check_output(output: Path | None) -> None:
-    """Raise UsageError for a file in a directory that is not there."""
+    """Raise UsageError for what cannot become a file."""
+    hint = "--output is the file to write the result to"
+    if output is not None and output.is_dir():
+        raise UsageError(f"{output} is a directory", hint)
     if output is not None and not output.absolute().parent.is_dir():
-        raise UsageError(f"{output.absolute().parent} does not exist", "--output is the file to write the result to")
+        raise UsageError(f"{output.absolute().parent} does not exist", hint)
 
 
 def opened(snapshot: Snapshot) -> tuple[Stored, Model]:

@@ -142,8 +142,8 @@ def _by_all(group: ProcessGroup | None, device: str, work: Callable[..., T]) -> 
     return ranks.agree(lambda: work(ranks))[0]
 
 
-def _names(snapshot: Snapshot, globs: Sequence[str]) -> frozenset[str] | None:
-    if not globs:
+def _names(snapshot: Snapshot, tensors: Sequence[str]) -> frozenset[str] | None:
+    if not (globs := _globs(tensors)):
         return None
     there = [entry.name for entry in open_stored(snapshot).entries]
     for wanted in globs:
@@ -152,6 +152,11 @@ def _names(snapshot: Snapshot, globs: Sequence[str]) -> frozenset[str] | None:
                 f"{snapshot.name} has no tensor {wanted!r}", f"the first it has is {min(there, default='')!r}"
             )
     return frozenset(name for name in there if matches(name, globs, ()))
+
+
+def _globs(value: Sequence[str]) -> tuple[str, ...]:
+    """A string is one glob, not as many as it has letters."""
+    return (value,) if isinstance(value, str) else tuple(value)
 
 
 def _dtypes(snapshot: Snapshot, dtype: str | torch.dtype | None) -> dict[str, torch.dtype] | None:
@@ -171,14 +176,17 @@ def _chosen(
 ) -> tuple[Snapshot, Loader, str]:
     strategy = _shared(strategy) if shared else strategy
     config = Config.load({name: v for name, v in (("device", device), ("strategy", strategy)) if v != "auto"})
+    if not isinstance(model, (str, Path)):
+        raise UsageError(f"a MODEL is a string or a Path, not {model!r}", "./dir, or org/name")
     text = str(model)
     if isinstance(model, Path) and not model.is_absolute():
         text = f"./{text}"
     if text.startswith(("/", "./", "../", "~/")) and (path := expanded(text)).is_file():
         text, include = str(path.parent.absolute()), (glob.escape(path.name), "config.json", "generation_config.json")
     snapshot = resolve(
-        text, revision=revision, include=include, exclude=exclude, verify=False, config=config, progress=progress
-    )
+        text, revision=revision, include=_globs(include), exclude=_globs(exclude), verify=False, config=config,
+        progress=progress,
+    )  # fmt: skip
     chosen = choose_device(config.device)
     loader = choose_loader(config.strategy, snapshot, chosen)
     return snapshot, SharedLoader(shared) if shared else loader, chosen
