@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from weightctl.benchmark.results import Stage
-from weightctl.benchmark.scratch import temporary
+from weightctl.benchmark.scratch import PREFIX, sweep, temporary
 from weightctl.errors import WeightctlError
 from weightctl.registry import Backend, Registry
 
@@ -92,6 +92,9 @@ class Engine(Backend, ABC):
 
 
 engines: Registry[Engine] = Registry("engine")
+
+PODMAN_RUN = Path("/tmp")
+"""podman takes a --runroot of 50 characters at most."""
 
 
 @engines.register("docker")
@@ -241,8 +244,7 @@ class PodmanEngine(_Commands):
         """One stage."""
         settings = scratch / "containers.conf"
         settings.write_text(f"[engine]\nimage_parallel_copies = {jobs}\n" if jobs else "")
-        # podman takes a --runroot of 50 characters at most.
-        with temporary(Path("/tmp")) as run, ExitStack() as after:
+        with temporary(PODMAN_RUN) as run, ExitStack() as after:
             podman = [
                 "podman", "--root", str(scratch / "root"), "--runroot", str(run),
                 "--cgroup-manager", "cgroupfs", "--events-backend", "none",
@@ -257,6 +259,10 @@ class PodmanEngine(_Commands):
             after.callback(_quietly, *podman, "image", "unmount", "--all")
             mounted = run_command(*podman, "image", "mount", found, timeout=timeout).strip()
             yield Pulled((stage,), (Path(mounted),))
+
+    def forget(self, name: str) -> None:  # noqa: ARG002
+        """The store goes with the scratch directory; this is what podman keeps of it elsewhere."""
+        sweep(PODMAN_RUN, f"{PREFIX}*")
 
 
 @engines.register("umoci")
