@@ -67,7 +67,7 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
     process.stderr.close()
 
 
-@pytest.mark.parametrize("command", [["config"], ["config", "--json"], ["pull", "."]])
+@pytest.mark.parametrize("command", [["config"], ["config", "--json"], ["pull", "."], ["--help"], ["--version"]])
 def test_an_answer_that_cannot_be_written_is_an_error(command: list[str], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with Path("/dev/full").open("w") as full:

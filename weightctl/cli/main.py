@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -35,21 +37,29 @@ class Boundary(typer.core.TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Answer --help before typer builds its validators: importing their library alone takes 0.15 s."""
         command = self.get_command(ctx, args[0]) if args else None
-        if not ctx.resilient_parsing and (not args or args[0] in HELP or (command and HELP & set(args))):
-            ui.show((type(ctx)(command, parent=ctx, info_name=args[0]) if command else ctx).get_help())
-            raise typer.Exit(0 if args else 2)
-        return list(super().parse_args(ctx, args))
+        with errors_shown():
+            if not ctx.resilient_parsing and (not args or args[0] in HELP or (command and HELP & set(args))):
+                ui.show((type(ctx)(command, parent=ctx, info_name=args[0]) if command else ctx).get_help())
+                raise typer.Exit(0 if args else 2)
+            return list(super().parse_args(ctx, args))
 
     def invoke(self, ctx: Any) -> Any:
-        """An unexpected exception keeps its traceback: it is a bug."""
-        try:
+        """Run the command."""
+        with errors_shown():
             return super().invoke(ctx)
-        except WeightctlError as error:
-            ui.show_error(error)
-            raise typer.Exit(error.exit_code) from error
-        except KeyboardInterrupt:
-            ui.show_error(WeightctlError("interrupted", "what was finished is kept; run the command again to go on"))
-            raise typer.Exit(130) from None
+
+
+@contextmanager
+def errors_shown() -> Iterator[None]:
+    """End with an expected error's message and exit code. An unexpected one keeps its traceback: it is a bug."""
+    try:
+        yield
+    except WeightctlError as error:
+        ui.show_error(error)
+        raise typer.Exit(error.exit_code) from error
+    except KeyboardInterrupt:
+        ui.show_error(WeightctlError("interrupted", "what was finished is kept; run the command again to go on"))
+        raise typer.Exit(130) from None
 
 
 app = typer.Typer(
