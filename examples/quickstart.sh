@@ -51,6 +51,6 @@ run weightctl verify image
 run weightctl verify volume:volume#minilm
 
 say "6. Bench: every strategy, a fresh process each run, every tensor compared with the model's bytes"
-run weightctl bench volume:volume#minilm --device cpu --runs 3 --output bench.json --report bench.html
+run weightctl bench volume:volume#minilm --device cpu --runs 2 --output bench.json --report bench.html
 echo
 echo "Results: $output/{minilm.tensors, image, volume/minilm/latest, bench.json, bench.html}"
