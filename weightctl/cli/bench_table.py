@@ -42,7 +42,8 @@ def show(result: BenchResult) -> None:
         for name in ("strategy", "cache", "median", *(("interval", "runs") if wide else ("±",)), "GB/s"):
             table.add_column(name, justify="left" if name in ("strategy", "cache") else "right", no_wrap=True)
         table.add_column("of limit", no_wrap=True)
-        memory = ["host", *(kind for kind in ("pinned", "device")[not wide :] if any(_peak(r, kind) for r in measured))]
+        beside = ("pinned", "device") if wide else ("device",)
+        memory = ["host", *(kind for kind in beside if any(_peak(row, kind) for row in measured))]
         for name in (*memory, *(("imports", "start-up") if wide else ())):
             table.add_column(name, justify="right", no_wrap=True)
         best = [min((r for r in measured if r.cache == cache), key=_median) for cache in {r.cache for r in measured}]

@@ -29,9 +29,8 @@ def prune(
     age = options.duration(older_than) if older_than else None
     with ui.progress() as progress:
         result = run(volume, keep=keep, older_than=age, dry_run=dry_run, progress=progress)
-    removed = (
-        f"{ui.count(len(result.removed), 'version')}, {ui.size(result.freed_bytes)} {'to free' if dry_run else 'freed'}"
-    )
+    freed = f"{ui.size(result.freed_bytes)} {'to free' if dry_run else 'freed'}"
+    removed = f"{ui.count(len(result.removed), 'version')}, {freed}"
     in_use = f"; {ui.count(len(result.in_use), 'version')} in use" if result.in_use else ""
     swept = f"; {ui.count(result.leftovers, 'leftover')}" if result.leftovers else ""
     show = ui.show_plan if dry_run else ui.show_result
