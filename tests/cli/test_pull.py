@@ -104,7 +104,7 @@ def test_a_killed_pull_goes_on_where_it_was(minilm_hub: Hub, minilm: Path, home:
     minilm_hub.faults[WEIGHTS] = Fault(stall_at=50 << 20)
     process = start("pull", "org/name")
     assert minilm_hub.stalled.wait(60)
-    wait_for(lambda: len(list((cache(home) / "blobs").glob("[0-9a-f]" * 40))) == 12)
+    models.wait_for(lambda: len(list((cache(home) / "blobs").glob("[0-9a-f]" * 40))) == 12)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert incomplete(cache(home))
@@ -125,7 +125,7 @@ def test_a_killed_pull_to_a_directory_goes_on_where_it_was(minilm_hub: Hub, mini
     minilm_hub.faults[WEIGHTS] = Fault(stall_at=50 << 20)
     process = start("pull", "org/name", "--to", there)
     assert minilm_hub.stalled.wait(60)
-    wait_for(lambda: (there / "vocab.txt").exists())
+    models.wait_for(lambda: (there / "vocab.txt").exists())
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (there / WEIGHTS).exists()
@@ -136,13 +136,6 @@ def test_a_killed_pull_to_a_directory_goes_on_where_it_was(minilm_hub: Hub, mini
     assert set(minilm_hub.fetched()) == {WEIGHTS}
     assert_equal_models(minilm, there)
     assert incomplete(there) == []
-
-
-def wait_for(condition: object, seconds: float = 30) -> None:
-    until = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < until
-        time.sleep(0.02)
 
 
 def test_an_interrupted_pull_stops_and_says_so(minilm_hub: Hub, home: Path) -> None:

@@ -11,8 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,7 @@ from tests import tiny_models as models
 from tests.benchmark.test_summary import noisy, result
 from tests.command import start
 from tests.command import weightctl as command
+from tests.models import wait_for
 from weightctl.benchmark.results import BenchResult, Row, read_result, write_result
 from weightctl.config import Config
 from weightctl.errors import IntegrityError, UsageError
@@ -68,14 +67,6 @@ def children(parent: int) -> set[int]:
     """The measuring processes of a bench."""
     started = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
     return {int(child) for child in started} & processes("weightctl.benchmark.child")
-
-
-def eventually(holds: Callable[[], object]) -> bool:
-    """Whether it holds within a minute."""
-    until = time.monotonic() + 60
-    while not holds() and time.monotonic() < until:
-        time.sleep(0.02)
-    return bool(holds())
 
 
 def start_with_fakes(*arguments: object, **variables: str) -> subprocess.Popen[str]:
@@ -171,19 +162,19 @@ def test_what_hangs_is_stopped_with_its_children(tmp_path: Path, monkeypatch: py
     measured = row(bench(small_model(tmp_path), "hangs", timeout=8), "hangs")
     assert measured.status == "failed"
     assert "after 8 seconds" in str(measured.reason)
-    assert eventually(lambda: not processes(word))
+    wait_for(lambda: not processes(word))
 
 
 def test_an_interrupted_bench_leaves_no_process(tmp_path: Path) -> None:
     model = small_model(tmp_path / "model")
     (tmp_path / "tmp").mkdir()
     process = start("bench", model, "--runs", 1000, TMPDIR=str(tmp_path / "tmp"))
-    assert eventually(lambda: children(process.pid))
+    wait_for(lambda: children(process.pid))
     running = children(process.pid)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode in (130, -signal.SIGINT)  # during an import it ends Python by the signal itself
-    assert eventually(lambda: not running & processes("weightctl.benchmark.child"))
+    wait_for(lambda: not running & processes("weightctl.benchmark.child"))
     assert list((tmp_path / "tmp").glob("weightctl*")) == []
 
 
@@ -193,12 +184,12 @@ def test_a_killed_bench_leaves_no_process_and_the_next_one_no_file(tmp_path: Pat
     (saved / f".killed{TEMPORARY_SUFFIX}").mkdir(parents=True)
     word = f"hanging-{tmp_path.name}-{os.getpid()}"
     process = start_with_fakes("bench", model, "--strategy", "hangs", TMPDIR=str(temporary), HANGS=word)
-    assert eventually(lambda: processes(word))
+    wait_for(lambda: processes(word))
     running = children(process.pid)
     assert running
     process.kill()
     process.communicate(timeout=60)
-    assert eventually(lambda: not processes(word) | running & processes("weightctl.benchmark.child"))
+    wait_for(lambda: not processes(word) | running & processes("weightctl.benchmark.child"))
     assert len(list(temporary.glob("weightctl-*"))) == 1
     arguments = ("bench", model, "--strategy", "safetensors", "--runs", 1, "--device", "cpu", "--json")
     outcome = command(*arguments, TMPDIR=str(temporary))
