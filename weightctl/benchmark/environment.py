@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import weightctl
 from weightctl.loaders import choose_device
 
 LIBRARIES = (
@@ -35,7 +36,7 @@ def describe(device: str, files: Sequence[Path]) -> Facts:
     """
     device = device if device == "cpu" else choose_device(device)  # which imports torch
     return {
-        "weightctl": importlib.metadata.version("weightctl"),
+        "weightctl": weightctl.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {re.split('[-+]', platform.release())[0]} {platform.machine()}",
         "cpu": _cpu(),
