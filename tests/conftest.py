@@ -8,8 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.hub_server import Hub
+
+settings.load_profile("ci")  # no deadlines, and the same examples every time: what fails fails again
 
 
 def _installed(package: str) -> Path:
