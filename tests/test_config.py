@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from weightctl.config import Config, config_files, resolve
+from weightctl.config import Config, config_files, misspelt_variables, resolve
 from weightctl.errors import UsageError
 
 
@@ -51,6 +51,18 @@ def test_flag_wins_over_variable_over_file_over_default(tmp_path: Path, monkeypa
 def test_an_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WEIGHTCTL_RUNS", "")
     assert Config.load().runs is None
+
+
+def test_misspelt_variables_and_those_that_are_none_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SERVICE_HOST", "SERVICE_PORT", "PORT", "PORT_80_TCP_ADDR", "MODEL_DIR", "", "WORKERS"):
+        monkeypatch.setenv(f"WEIGHTCTL_{name}", "1")
+    monkeypatch.setenv("OTHER_WEIGHTCTL_WORKER", "1")
+    assert misspelt_variables() == {}
+    monkeypatch.setenv("WEIGHTCTL_WORKER", "1")
+    monkeypatch.setenv("WEIGHTCTL_TENSORISER_READERS", "1")
+    assert misspelt_variables() == {
+        "WEIGHTCTL_TENSORISER_READERS": "WEIGHTCTL_TENSORIZER_READERS", "WEIGHTCTL_WORKER": "WEIGHTCTL_WORKERS",
+    }  # fmt: skip
 
 
 def test_a_directory_of_files_that_are_not_there() -> None:

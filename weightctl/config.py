@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 import re
 import sys
@@ -199,6 +200,25 @@ def resolve(flags: Mapping[str, object] | None = None, directory: Path | None = 
                     value = _parsed(setting, values[setting.name], f"{path}: {setting.name}")
                     found[setting.name] = (value, str(path))
                     break
+    return found
+
+
+CLOSE = 0.8
+"""How alike (difflib's ratio) a variable's name and a setting's are when the one is taken for the other misspelt."""
+
+
+def misspelt_variables() -> dict[str, str]:
+    """Variables that name no setting, but nearly one → that one's.
+
+    Others may be there by right: Kubernetes gives every container WEIGHTCTL_SERVICE_HOST and the like, if a service is
+    called weightctl, and an image that was baked has WEIGHTCTL_MODEL_DIR.
+    """
+    names = [setting.name.upper() for setting in dataclasses.fields(Config)]
+    found = {}
+    for variable in sorted(os.environ):
+        prefix, _, word = variable.partition("WEIGHTCTL_")
+        if not prefix and word not in names and (near := difflib.get_close_matches(word, names, 1, CLOSE)):
+            found[variable] = f"WEIGHTCTL_{near[0]}"
     return found
 
 

@@ -35,11 +35,28 @@ def test_every_command_explains_itself(command: str) -> None:
         assert "--json" in done.stdout
 
 
-@pytest.mark.parametrize("arguments", [["bkae"], ["bake"], ["bake", "./m"], ["bake", "--tga", "x"], ["verify"]])
-def test_wrong_usage_exits_2(arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "why", "where"),
+    [
+        (["bkae"], "no such command 'bkae'", "weightctl"),
+        (["bake", "./m"], "missing option '--tag'", "weightctl bake"),
+        (["bake", "--tga", "x"], "no such option: --tga", "weightctl bake"),
+        (["bench", "m", "--nproc", "no"], "invalid value for '--nproc'", "weightctl bench"),
+        (["pull", "--revision"], "option '--revision' requires an argument", "weightctl"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read(arguments: list[str], why: str, where: str) -> None:
     done = weightctl(*arguments)
     assert (done.code, done.stdout) == (2, "")
-    assert done.stderr
+    error, hint = done.stderr.splitlines()
+    assert error.startswith(f"error: {why}")
+    assert hint == f"hint: {where} --help"
+
+
+def test_a_misspelt_variable_is_noted() -> None:
+    done = weightctl("config", WEIGHTCTL_WROKERS="3")
+    assert done.code == 0
+    assert done.stderr == "note: WEIGHTCTL_WROKERS is not a setting and changes nothing: is WEIGHTCTL_WORKERS meant?\n"
 
 
 def test_no_command_shows_the_help() -> None:

@@ -26,9 +26,13 @@ from weightctl.cli import (
     verify,
     volumes,
 )
-from weightctl.errors import WeightctlError
+from weightctl.config import misspelt_variables
+from weightctl.errors import UsageError, WeightctlError
 
 HELP = {"-h", "--help"}
+
+Misread: Any = typer.BadParameter.__bases__[0]
+"""What typer raises for a command line that it cannot read. Where that class lies changes with its versions."""
 
 
 class Boundary(typer.core.TyperGroup):
@@ -54,11 +58,17 @@ def errors_shown() -> Iterator[None]:
     """End with an expected error's message and exit code. An unexpected one keeps its traceback: it is a bug."""
     try:
         yield
+    except Misread as error:
+        words = error.format_message().rstrip(".")
+        command = f"weightctl {error.ctx.info_name}" if error.ctx and error.ctx.parent else "weightctl"
+        ui.show_error(UsageError(words[0].lower() + words[1:], f"{command} --help"))
+        raise typer.Exit(UsageError.exit_code) from error
     except WeightctlError as error:
         ui.show_error(error)
         raise typer.Exit(error.exit_code) from error
-    except KeyboardInterrupt:
-        ui.show_error(WeightctlError("interrupted", "what was finished is kept; run the command again to go on"))
+    except KeyboardInterrupt as interrupt:
+        hint = str(interrupt) or "what was finished is kept; run the command again to go on"
+        ui.show_error(WeightctlError("interrupted", hint))
         raise typer.Exit(130) from None
 
 
@@ -81,11 +91,12 @@ def show_version(asked: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[
+    version: Annotated[  # noqa: ARG001
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=show_version)
     ] = False,
 ) -> None:
-    pass
+    for variable, meant in misspelt_variables().items():
+        ui.Notes().note(f"{variable} is not a setting and changes nothing: is {meant} meant?")
 
 
 app.command()(pull.pull)
