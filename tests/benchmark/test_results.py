@@ -31,6 +31,9 @@ def test_it_comes_back_as_it_was(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
 
 
+TIMES: dict[str, Any] = {"status": "ok", "seconds": [1.0], "median_seconds": 1.0}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -46,6 +49,10 @@ def test_it_comes_back_as_it_was(tmp_path: Path) -> None:
         ({"results": [{"strategy": "\x1b[31m", "cache": "warm", "status": "failed"}]}, "no name of a strategy"),
         ({"results": [{"strategy": "a", "cache": "warm", "status": "ok"}]}, "ok with 0 times"),
         ({"results": [{"strategy": "a", "cache": "warm", "status": "failed"}] * 2}, "twice"),
+        ({"results": [{**TIMES, "strategy": "a", "cache": "warm", "median_seconds": 0}]}, "a, warm took no time"),
+        ({"results": [{**TIMES, "strategy": "a", "cache": "warm", "seconds": [1, 1e-300]}]}, "a, warm took no time"),
+        ({"results": [{**TIMES, "strategy": "a", "cache": "warm", "seconds": [1e300]}]}, "seconds is 1e+300"),
+        ({"scenarios": [{**TIMES, "scenario": "file", "way": "w", "jobs": None, "median_seconds": 0}]}, "took no time"),
         ({"settings": None}, "settings is no object"),
     ],
 )

@@ -66,6 +66,8 @@ def test_a_row_without_a_run_that_counts_says_why() -> None:
     )
     assert row.status == "unavailable"
     assert "not cold" in str(row.reason)
+    interrupted = summarize("a", "warm", [Run(0, "ok", mark="it was the warm-up", seconds=1.0)], 1, None)
+    assert (interrupted.status, interrupted.reason) == ("unavailable", "it got no farther than the warm-up")
 
 
 def verdicts(times: Callable[[random.Random], float], slowdown: float) -> Counter[str]:

@@ -78,6 +78,23 @@ def test_from_a_bench_of_whole_starts(minilm: Path, tmp_path: Path) -> None:
     assert "from the bench:" in shown.stdout
 
 
+def test_a_bench_that_tells_nonsense(minilm: Path, tmp_path: Path) -> None:
+    path = bench_file(tmp_path / "b.json")
+    value = json.loads(path.read_text())
+    value["environment"] = {"cpus": "many", "memory_bytes": 0.5, "device": "\x1b[31m"}
+    value["ceilings"]["cold_read"] = 1e-9
+    for stage in value["scenarios"][0]["stages"][:2]:
+        stage |= {"bytes": 0, "seconds": 0}
+    path.write_text(json.dumps(value))
+    outcome = weightctl("advise", minilm, "--bench", path)
+    assert outcome.code == 0, outcome.stderr
+    assert "to \\x1b[31m" in outcome.stdout
+    assert outcome.stdout.count("measured here: ") == 1
+    value["scenarios"][1]["stages"][0]["bytes"] = 0
+    path.write_text(json.dumps(value))
+    assert "lacks what is needed: a load from the disk" in weightctl("advise", minilm, "--bench", path).stderr
+
+
 def test_a_hub_model_is_not_downloaded(hub: Hub, minilm: Path, tmp_path: Path, home: Path) -> None:
     files = {path.relative_to(minilm).as_posix(): path.read_bytes() for path in minilm.rglob("*") if path.is_file()}
     hub.add("org/minilm", files)

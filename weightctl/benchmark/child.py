@@ -35,7 +35,7 @@ def main() -> None:
         job = json.load(sys.stdin)
         with _guarded(job["alive"]):
             try:
-                outcome = JOBS[job.get("job", "describe")](job, entered - job["began"])
+                outcome = JOBS[job["job"]](job, entered - job["began"])
             except WeightctlError as error:
                 outcome = {"error": error.message, "hint": error.hint, "exit_code": error.exit_code}
         json.dump(outcome, reply)
@@ -59,7 +59,7 @@ def _guarded(alive: int) -> Iterator[None]:
 
 
 def _describe(job: dict[str, Any], _: float) -> dict[str, Any]:
-    return {"environment": describe(job["device"], [Path(path) for path in job.get("files", ())])}
+    return {"environment": describe(job["device"], [Path(path) for path in job["files"]])}
 
 
 def _ceilings(job: dict[str, Any], _: float) -> dict[str, Any]:

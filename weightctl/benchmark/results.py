@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 import types
 import typing
@@ -20,10 +19,12 @@ SCHEMA = 1
 
 MAX_FILE_BYTES = 64 << 20
 
-PHASES = ("start", "imports", "device", "loading", "reading", "copying", "construction")
-"""What the time of a process goes to, in this order: Python's own start, imports, bringing up the device, then either
-`loading` or, where a strategy can tell them apart, its parts `reading` (and copying meanwhile), `copying` (what is left
-of it) and `construction` of a model."""
+LEAST, MOST = 1e-12, 1e18
+"""A time is longer, and every number is smaller, so that what is reckoned from them stays a number."""
+
+PHASES = ("start", "imports", "device", "loading", "construction")
+"""What the time of a process goes to, in this order: Python's own start, imports, bringing up the device, the load, and
+with `Settings.construct` a model around the tensors."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,7 @@ class Run:
     seconds: float | None = None
     """From the call until every byte is on the device; only of a load that was right."""
     phases: dict[str, float] = field(default_factory=dict)
-    """Seconds by the names in `PHASES`, one after the other. `seconds` is the sum of all from `loading` on, except for
-    a construction that came after a load (`Settings.construct`)."""
+    """Seconds by the names in `PHASES`; `seconds` is that of `loading`."""
     residency: float | None = None
     """The share of the model's files that was in the page cache when the clock started, from 0 to 1."""
     peak_host_bytes: int | None = None
@@ -253,6 +253,11 @@ class BenchResult:
     scenarios: tuple[Scenario, ...] = ()
     """Whole cold starts, where they were asked for instead of strategies."""
 
+    @property
+    def device(self) -> str:
+        """What it loaded to: a GPU by its name, or `cpu`."""
+        return str(self.environment.get("gpu") or self.environment.get("device") or self.settings.device)
+
     def limit(self, cache: str) -> Limit | None:
         """That of a cache state."""
         return next((limit for limit in self.limits if limit.cache == cache), None)
@@ -299,19 +304,19 @@ def parse_result(value: object) -> BenchResult:
     for row in result.results:
         if not re.fullmatch(r"[a-z][a-z0-9_-]{0,63}", row.strategy):
             raise ValueError(f"{row.strategy[:80]!r} is no name of a strategy")
-        if (row.status == "ok") != bool(row.seconds) or (row.median_seconds is None) != (not row.seconds):
-            raise ValueError(f"{row.strategy}, {row.cache} is {row.status} with {len(row.seconds)} times")
-        if min((*row.seconds, row.median_seconds or 1)) <= 0:
-            raise ValueError(f"{row.strategy}, {row.cache} took no time")
+        _check_times(row, f"{row.strategy}, {row.cache}")
     for scenario in result.scenarios:
-        what = " ".join((scenario.scenario, scenario.way[:80]))
-        if (scenario.status == "ok") != bool(scenario.seconds):
-            raise ValueError(f"{what} is {scenario.status} with {len(scenario.seconds)} times")
-        if (scenario.median_seconds is None) != (not scenario.seconds) or min((*scenario.seconds, 1)) <= 0:
-            raise ValueError(f"{what} took no time")
+        _check_times(scenario, f"{scenario.scenario}, {scenario.way[:80]}")
     if len({(row.strategy, row.cache) for row in result.results}) != len(result.results):
         raise ValueError("it has a row twice")
     return result
+
+
+def _check_times(found: Row | Scenario, what: str) -> None:
+    if (found.status == "ok") != bool(found.seconds) or (found.median_seconds is None) != (not found.seconds):
+        raise ValueError(f"{what} is {found.status} with {len(found.seconds)} times")
+    if found.seconds and min((*found.seconds, found.median_seconds or 0)) < LEAST:
+        raise ValueError(f"{what} took no time")
 
 
 def _no_number(word: str) -> None:
@@ -351,7 +356,7 @@ def _value(hint: Any, value: object, where: str) -> Any:
         return tuple(_value(arguments[0], item, where) for item in value)
     if origin is dict and isinstance(value, dict):
         return {key: _value(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if hint is float and type(value) in (int, float) and math.isfinite(number := float(value)) and number >= 0:  # type: ignore[arg-type]
+    if hint is float and type(value) in (int, float) and 0 <= (number := float(value)) < MOST:  # type: ignore[arg-type]
         return number
     if hint in (int, bool, str) and type(value) is hint and not (hint is int and not 0 <= value < 1 << 63):  # type: ignore[operator]
         return value

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -96,6 +96,11 @@ def run_load(loader: Loader, snapshot: Snapshot, cache: str | None, number: int,
 def run_job(job: Mapping[str, Any], timeout: float) -> dict[str, Any]:
     """The outcome of one job; see `run_jobs`."""
     return run_jobs([job], timeout)[0]
+
+
+def described(config: Config, files: Iterable[str] = ()) -> dict[str, Any]:
+    """The environment that a job of its own finds: this process never imports what asking for a device takes."""
+    return run_job({"job": "describe", "device": config.device, "files": list(files)}, config.timeout)["environment"]  # type: ignore[no-any-return]
 
 
 def run_jobs(jobs: Sequence[Mapping[str, Any]], timeout: float) -> list[dict[str, Any]]:

@@ -36,7 +36,8 @@ def summarize(strategy: str, cache: Any, runs: Sequence[Run], nbytes: int, limit
     counted = [run for run in runs if run.counts]
     seconds = tuple(run.seconds for run in counted if run.seconds is not None)
     if not seconds:
-        return Row(strategy, cache, "unavailable", f"no run counts: {runs[-1].mark}", runs=tuple(runs), **peaks)
+        why = f"no run counts: {runs[-1].mark}" if runs[-1].round else "it got no farther than the warm-up"
+        return Row(strategy, cache, "unavailable", why, runs=tuple(runs), **peaks)
     median = statistics.median(seconds)
     return Row(
         strategy=strategy,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -48,7 +46,7 @@ def advise(
     ] = None,
     cores: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Of a replica [default: this machine's].", show_default=False),
+        typer.Option(metavar="N", min=1, help="Cores of a replica [default: this machine's].", show_default=False),
     ] = None,
     updates_per_month: Annotated[int, typer.Option(metavar="N", min=0, help="New versions of the model.")] = 1,
     replicas: Annotated[int, typer.Option(metavar="N", min=1, help="Machines that load it.")] = 1,
@@ -93,18 +91,14 @@ def _show(result: AdviseResult) -> None:
         f"registry {units.rate(registry)}" if registry else "registry not given: taken as never the limit",
         f"volume {units.rate(volume)}" if volume else "volume as the local disk",
     )  # fmt: skip
-    _wrapped([f"{result.model}: {units.size(result.bytes)}, {units.count(result.layers, 'layer')}", ", ".join(about)])
+    ui.show_folded(
+        f"{result.model}: {units.size(result.bytes)}, {units.count(result.layers, 'layer')}", ", ".join(about)
+    )
     columns = ("", "cold start", "pull", "start", "load", "deploy", "storage", "transfer")
     ui.show_table(columns, [_cells(option, result) for option in result.options])
     month = units.count(given.updates_per_month, "update")
-    _wrapped([f"transfer: {month} a month, to {units.count(given.replicas, 'replica')}", ""])
-    _wrapped([*_reasons(result), "", *_changes(result), "", *_origins(result)])
-
-
-def _wrapped(lines: Sequence[str]) -> None:
-    width = min(shutil.get_terminal_size().columns, 120)
-    for line in lines:
-        ui.show(textwrap.fill(line, width, subsequent_indent="    "))
+    ui.show_folded(f"transfer: {month} a month, to {units.count(given.replicas, 'replica')}", "")
+    ui.show_folded(*_reasons(result), "", *_changes(result), "", *_origins(result))
 
 
 def _origins(result: AdviseResult) -> Iterator[str]:

@@ -156,7 +156,7 @@ def bench(
     else:
         (ways.show if result.scenarios else bench_table.show)(result)
     if not result.complete and saved is None:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("the figures are of the runs before that")
     if short := [why for floor in floors if (why := floor.shortfall(result))]:
         raise WeightctlError("; ".join(short), "see which of reading, copying and the strategy has become slower")
     statuses = [row.status for row in result.results] + [row.status for row in result.scenarios]

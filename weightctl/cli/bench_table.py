@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -9,10 +10,9 @@ from weightctl import units
 from weightctl.cli import ui
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.text import Text
 
-    from weightctl.benchmark.results import BenchResult, Change, Row
+    from weightctl.benchmark.results import BenchResult, Change, Comparison, Row
 
 WIDE = 118
 """Columns from which there is room for the interval, the runs, the phases and pinned memory."""
@@ -29,15 +29,12 @@ COLORS = {
 
 def show(result: BenchResult) -> None:
     """The machine's limits, a line for each row with times, and why the others have none."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
-    for line in _headline(result):
-        console.print(ui.printable(line), markup=False)
+    ui.show_folded(*_headline(result))
     measured = [row for row in result.results if row.status == "ok"]
     if measured:
-        wide = console.width >= WIDE
+        wide = shutil.get_terminal_size().columns >= WIDE
         table = Table(box=None, pad_edge=False, header_style="bold")
         for name in ("strategy", "cache", "median", *(("interval", "runs") if wide else ("±",)), "GB/s"):
             table.add_column(name, justify="left" if name in ("strategy", "cache") else "right", no_wrap=True)
@@ -49,11 +46,10 @@ def show(result: BenchResult) -> None:
         best = [min((r for r in measured if r.cache == cache), key=_median) for cache in {r.cache for r in measured}]
         for row in measured:
             table.add_row(*_cells(row, row in best, wide, memory), style="bold" if row in best else "")
-        console.print(table)
-    for note in _notes(result):
-        console.print(ui.printable(note), markup=False)
+        ui.show_drawn(table)
+    ui.show_folded(*_notes(result))
     if result.comparison is not None:
-        _show_comparison(result, console)
+        _show_comparison(result.comparison)
 
 
 def _median(row: Row) -> float:
@@ -61,9 +57,9 @@ def _median(row: Row) -> float:
 
 
 def _headline(result: BenchResult) -> Iterator[str]:
-    model, environment = result.model, result.environment
-    to = environment.get("gpu") or environment.get("device") or result.settings.device
-    yield f"{model.name}: {units.count(model.tensors, 'tensor')}, {units.size(model.bytes)}, {model.format}, to {to}"
+    model = result.model
+    about = f"{units.count(model.tensors, 'tensor')}, {units.size(model.bytes)}, {model.format}"
+    yield f"{model.name}: {about}, to {result.device}"
     for limit in result.limits:
         fastest = f"{units.seconds(limit.seconds)}, {units.rate(limit.bytes_per_second)}"
         yield f"limit, {limit.cache}: {fastest} ({limit.bound})"
@@ -132,21 +128,19 @@ def _notes(result: BenchResult) -> Iterator[str]:
         yield "it did not come to its end"
 
 
-def _show_comparison(result: BenchResult, console: Console) -> None:
+def _show_comparison(comparison: Comparison) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    assert result.comparison is not None
-    console.print(ui.printable(f"\nsince {result.comparison.created}"), markup=False)
+    ui.show_folded("", f"since {comparison.created}")
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("strategy", "cache", "then", "now", "× as long", "interval", ""):
         table.add_column(name, no_wrap=True)
-    for change in result.comparison.changes:
+    for change in comparison.changes:
         verdict = Text(change.verdict, COLORS[change.verdict])
         table.add_row(change.strategy, change.cache, *_change_cells(change), verdict)
-    console.print(table)
-    for difference in result.comparison.differences:
-        console.print(ui.printable(f"not the same: {difference}"), markup=False)
+    ui.show_drawn(table)
+    ui.show_folded(*(f"not the same: {difference}" for difference in comparison.differences))
 
 
 def _change_cells(change: Change) -> Iterator[str]:

@@ -28,12 +28,18 @@ Exclude = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would move; touch nothing.")]
 Workers = Annotated[
-    int | None, typer.Option(metavar="N", help="Threads that read, hash and write files.", show_default=False)
+    int | None,
+    typer.Option(
+        metavar="N", help="Threads that read, hash and write [default: one a core, 8 at most].", show_default=False
+    ),
 ]
 PlainHttp = Annotated[
     bool | None, typer.Option("--plain-http", help="Speak plain HTTP to registries without TLS.", show_default=False)
 ]
-Device = Annotated[str | None, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:N.", show_default=False)]
+Device = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Load to auto, cpu, cuda or cuda:N [default: auto].", show_default=False),
+]
 CacheDir = Annotated[
     Path | None,
     typer.Option(

@@ -37,16 +37,19 @@ Engines = Annotated[
 ]
 Jobs = Annotated[
     list[int] | None,
-    typer.Option(metavar="N", min=1, help="Layers fetched at once (repeatable).", show_default=False),
+    typer.Option(
+        metavar="N", min=1, help="Layers fetched at once (repeatable) [default: the engine's].", show_default=False
+    ),
 ]
 Registry = Annotated[
     str | None,
     typer.Option(
-        metavar="HOST/NAME", help="Pull the image from there [default: from a local layout].", show_default=False
+        metavar="HOST/NAME", help="Push the image there, and pull it [default: a local layout].", show_default=False
     ),
 ]
 Volume = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="The volume [default: the local disk].", show_default=False)
+    Path | None,
+    typer.Option(metavar="DIR", help="Where the volume is mounted [default: the local disk].", show_default=False),
 ]
 
 
@@ -82,25 +85,23 @@ def show(result: BenchResult) -> None:
     """A table of the ways that ran, and a line for each that did not."""
     rows = [row for row in result.scenarios if row.status == "ok"]
     model = result.model
-    about = f"{model.name}: {units.size(model.bytes)}, {model.format}, to {result.settings.device}"
-    ui.show(f"{about}, cold starts: {result.settings.runs}")
+    about = f"{model.name}: {units.size(model.bytes)}, {model.format}, to {result.device}"
+    ui.show_folded(f"{about}, {units.count(result.settings.runs, 'cold start')}")
     if rows:
         columns = shutil.get_terminal_size().columns
-        scale = (WIDE_BAR if columns >= WIDE else NARROW_BAR) / max(row.median_seconds or 0.0 for row in rows)
+        longest = max(sum(stage.seconds for stage in row.stages) for row in rows)
+        scale = (WIDE_BAR if columns >= WIDE else NARROW_BAR) / (longest or 1)
         best = min(rows, key=lambda row: row.median_seconds or 0.0)
         names = ("scenario", "way", "jobs", "fetch", "unpack", "start", "load", "all", "")
         ui.show_table(names, [_cells(row, row is best, scale) for row in rows])
-        key = {name: STAGES[name] for row in rows for name in (stage.name for stage in row.stages)}
-        ui.show(
-            ", ".join(f"{mark} {'/'.join(n for n in key if key[n] == mark)}" for mark in dict.fromkeys(key.values()))
-        )
-        for line in dict.fromkeys(_deployed(row) for row in rows if row.deploy):
-            ui.show(line)
-    for row in result.scenarios:
-        if row.status != "ok":
-            ui.show(ui.printable(f"{row.scenario}, {row.way} {row.status}: {row.reason}"))
+        key: dict[str, dict[str, None]] = {}
+        for stage in (stage for row in rows for stage in row.stages):
+            key.setdefault(_mark(stage), {})[stage.name] = None
+        ui.show_folded(", ".join(f"{mark} {'/'.join(names)}" for mark, names in key.items()))
+        ui.show_folded(*dict.fromkeys(_deployed(row) for row in rows if row.deploy))
+    ui.show_folded(*(f"{r.scenario}, {r.way} {r.status}: {r.reason}" for r in result.scenarios if r.status != "ok"))
     if not result.complete:
-        ui.show("it did not come to its end")
+        ui.show_folded("it did not come to its end")
 
 
 def _cells(row: Scenario, best: bool, scale: float) -> tuple[str, ...]:
@@ -121,8 +122,12 @@ def _bar(stages: Sequence[Stage], scale: float) -> str:
     bar, so_far = "", 0.0
     for stage in stages:
         so_far += stage.seconds
-        bar += STAGES.get(stage.name, "█") * (round(so_far * scale) - len(bar))
+        bar += _mark(stage) * (round(so_far * scale) - len(bar))
     return bar
+
+
+def _mark(stage: Stage) -> str:
+    return STAGES.get(stage.name, "█")
 
 
 def _deployed(row: Scenario) -> str:

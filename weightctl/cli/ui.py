@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,7 @@ from weightctl.units import size as size
 
 if TYPE_CHECKING:
     import rich.progress
+    import rich.table
 
 
 def show_json(result: object) -> None:
@@ -71,9 +74,15 @@ def _stdout() -> Iterator[None]:
             raise error
 
 
+def show_folded(*lines: str) -> None:
+    """Print lines of text, each folded to the terminal, with what goes on below set in."""
+    width = min(shutil.get_terminal_size().columns, 120)
+    for line in lines:
+        show(textwrap.fill(printable(line), width, subsequent_indent="    ", break_on_hyphens=False))
+
+
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a plain table that fits the terminal, if it is one."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -81,7 +90,14 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    show_drawn(table)
+
+
+def show_drawn(table: rich.table.Table) -> None:
+    """Print what was laid out elsewhere."""
+    from rich.console import Console
+
     # A file or a pipe has no width at which to fold.
     width = None if sys.stdout is None or sys.stdout.isatty() or "COLUMNS" in os.environ else 1000
     with _stdout():

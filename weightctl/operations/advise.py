@@ -16,9 +16,9 @@ from typing import Literal
 from weightctl import storage
 from weightctl.benchmark import advice
 from weightctl.benchmark.advice import Option, Rates, Situation, Turn
-from weightctl.benchmark.ceilings import forget_files, read_files
-from weightctl.benchmark.results import BenchResult, read_result
-from weightctl.benchmark.runner import Job, run_job, run_load
+from weightctl.benchmark.ceilings import COLD_RESIDENCY, forget_files, read_files, residency
+from weightctl.benchmark.results import BenchResult, Stage, read_result
+from weightctl.benchmark.runner import Job, described, run_load
 from weightctl.benchmark.scenarios import last_stages
 from weightctl.benchmark.scratch import temporary
 from weightctl.config import Config
@@ -107,10 +107,9 @@ def advise(
     loaded = sum(file.size for file in weight_files(snapshot) if file.path.endswith(suffixes))
     figures, device = _figures(past, bench, config, progress)
     rates = Rates(**{figure.name: figure.value for figure in figures})
-    environment = past.environment if past else {}
     circumstances = Circumstances(
-        cores=cores or int(environment.get("cpus") or len(os.sched_getaffinity(0))),
-        memory_bytes=int(environment.get("memory_bytes") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
+        cores=cores or _known(past, "cpus") or len(os.sched_getaffinity(0)),
+        memory_bytes=_known(past, "memory_bytes") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         device=device,
         registry_bytes_per_second=registry,
         volume_bytes_per_second=volume,
@@ -136,6 +135,12 @@ def advise(
     )
 
 
+def _known(past: BenchResult | None, name: str) -> int | None:
+    """What the environment of a bench counts; None if it does not tell, or tells nonsense."""
+    value = past.environment.get(name) if past else None
+    return value if isinstance(value, int) and value > 0 else None
+
+
 def _figures(
     past: BenchResult | None, path: Path | None, config: Config, progress: Progress
 ) -> tuple[tuple[Figure, ...], str]:
@@ -154,12 +159,8 @@ def _figures(
                 f"measuring this machine with a model of {size}; --bench FILE takes what a bench has measured"
             )
         sample, written = _written(directory)
-        found = {"write": written, **_processor(sample), **_disk(sample, config)}
-        device = (
-            past.settings.device
-            if past
-            else run_job({"device": config.device}, config.timeout)["environment"]["device"]
-        )
+        found = {"write": written, **_processor(sample), "read": _disk(sample, config, progress)}
+        device = past.device if past else described(config)["device"]
         if past is None:
             job = Job.of(open_stored(sample), device, directory, config, progress)
             found |= _loads(("load", "load_cold"), choose_loader(config.strategy, sample, device), sample, job)
@@ -182,43 +183,50 @@ _MEANINGS = {"load": "a load from the page cache", "load_cold": "a load from the
 
 def recorded(past: BenchResult) -> dict[str, float]:
     """The rates that a bench found: of its quickest strategy, of Tensorizer, and of its cold starts."""
-    found: dict[str, float] = {}
-    if rate := past.ceilings.get("cold_read"):
-        found["read"] = rate
+    found = {"read": past.ceilings.get("cold_read", 0.0), **_of_strategies(past), **_of_starts(past)}
+    found = {name: value for name, value in found.items() if value >= 1 or name == "start"}  # a byte a second
+    if "file" not in found or "file_cold" not in found:
+        found = {name: value for name, value in found.items() if name not in ("file", "file_cold", "serialize")}
+    return found
+
+
+def _of_strategies(past: BenchResult) -> dict[str, float]:
     warm = [row for row in past.results if row.median_seconds and row.cache == "warm" and row.strategy != "tensorizer"]
-    if warm:
-        best = min(warm, key=lambda row: row.median_seconds or 0.0)
-        found["start"] = sum(best.phases.get(name, 0.0) for name in ("start", "imports", "device"))
-        for prefix, strategy in (("load", best.strategy), ("file", "tensorizer")):
-            for suffix, cache in (("", "warm"), ("_cold", "cold")):
-                row = past.row(strategy, cache)
-                if row and row.bytes_per_second:
-                    found[prefix + suffix] = row.bytes_per_second
-    pulls = [
-        advice.engine_rate(moved[0].bytes, scenario.layers or 1, int(past.environment.get("cpus") or 1), sum(
-            stage.seconds for stage in moved
-        ))
-        for scenario in past.scenarios
-        if scenario.scenario == "image" and (moved := [s for s in scenario.stages if s.name in ("pull", "unpack")])
-    ]  # fmt: skip
-    if pulls:
-        found["unpack"] = max(pulls)
+    if not warm:
+        return {}
+    best = min(warm, key=lambda row: row.median_seconds or 0.0)
+    found = {"start": sum(best.phases.get(name, 0.0) for name in ("start", "imports", "device"))}
+    for prefix, strategy in (("load", best.strategy), ("file", "tensorizer")):
+        for suffix, cache in (("", "warm"), ("_cold", "cold")):
+            row = past.row(strategy, cache)
+            if row and row.bytes_per_second:
+                found[prefix + suffix] = row.bytes_per_second
+    return found
+
+
+def _of_starts(past: BenchResult) -> dict[str, float]:
+    found: dict[str, float] = {}
     for scenario in past.scenarios:
         stages = {stage.name: stage for stage in (*scenario.deploy, *scenario.stages)}
         if scenario.status != "ok" or "load" not in stages or "start" not in stages:
             continue
-        rate = stages["load"].bytes / max(stages["load"].seconds, 1e-9)
+        found.setdefault("start", stages["start"].seconds)
         names = {
             "model": ["load_cold"], "file": ["file", "file_cold"], "image": ["load"],
             "volume": ["load"] if scenario.way == "copied" else [],
         }  # fmt: skip
-        found |= dict.fromkeys(names[scenario.scenario], rate)
-        found.setdefault("start", stages["start"].seconds)
+        found |= dict.fromkeys(names[scenario.scenario], _rate(stages["load"]))
         if "serialize" in stages:
-            found["serialize"] = stages["serialize"].bytes / max(stages["serialize"].seconds, 1e-9)
-    if "file" not in found or "file_cold" not in found:
-        found = {name: rate for name, rate in found.items() if name not in ("file", "file_cold", "serialize")}
+            found["serialize"] = _rate(stages["serialize"])
+        if moved := [stages[name] for name in ("pull", "unpack") if name in stages]:
+            seconds = max(sum(stage.seconds for stage in moved), 1e-9)
+            rate = advice.engine_rate(moved[0].bytes, scenario.layers or 1, _known(past, "cpus") or 1, seconds)
+            found["unpack"] = max(rate, found.get("unpack", 0.0))
     return found
+
+
+def _rate(stage: Stage) -> float:
+    return stage.bytes / max(stage.seconds, 1e-9)
 
 
 @contextmanager
@@ -251,13 +259,16 @@ def _written(directory: Path) -> tuple[Snapshot, float]:
     return Snapshot("sample", directory, (File(path.name, path.stat().st_size, path),)), rate
 
 
-def _disk(sample: Snapshot, config: Config) -> dict[str, float]:
+def _disk(sample: Snapshot, config: Config, progress: Progress) -> float:
     paths = [file.source for file in sample.files]
     best = 0.0
     for _ in range(2):
         forget_files(paths)
+        if not best and residency(paths) > COLD_RESIDENCY:
+            where = sample.root.parent  # the directory for temporary files
+            progress.note(f"{where} stays in memory: set TMPDIR to a directory on the disk that is meant")
         best = max(best, read_files(paths, config.workers))
-    return {"read": best}
+    return best
 
 
 def _processor(sample: Snapshot) -> dict[str, float]:

@@ -19,7 +19,7 @@ from weightctl import storage
 from weightctl.benchmark.ceilings import drop_caches as drop_all
 from weightctl.benchmark.ceilings import limits
 from weightctl.benchmark.results import SCHEMA, BenchResult, Limit, Model, Row, Run, Settings, read_result, write_result
-from weightctl.benchmark.runner import Job, run_job, run_load
+from weightctl.benchmark.runner import Job, described, run_job, run_load
 from weightctl.benchmark.scratch import sweep, temporary
 from weightctl.benchmark.summary import CONFIDENCE, Floor, compare, summarize, width
 from weightctl.config import Config, user_directory
@@ -96,7 +96,7 @@ def bench(
     )
     stored, about = opened(snapshot)
     paths = [str(file.source) for file in weight_files(snapshot)]
-    environment = run_job({"job": "describe", "device": config.device, "files": paths}, config.timeout)["environment"]
+    environment = described(config, paths)
     runs = config.runs or RUNS
     settings = Settings(
         config.device, tuple(loader.name for loader in chosen), caches, runs, config.precision, CONFIDENCE,
@@ -283,8 +283,18 @@ def _made_ready(
     if not path.exists():
         progress.note(f"converting the model for {loader.name}, in {path.parent}")
         write_verified(loader, stored, path, progress)
-    beside = [file for file in snapshot.files if file.path in ("config.json", "generation_config.json")]
-    return Snapshot(snapshot.name, path.parent, (File(path.name, path.stat().st_size, path), *beside))
+    return in_one_file(snapshot, path)
+
+
+def in_one_file(snapshot: Snapshot, path: Path) -> Snapshot:
+    """The model again, all its tensors being in the file `path`; what describes it is copied beside that."""
+    files = [File(path.name, path.stat().st_size, path)]
+    for file in snapshot.files:
+        if file.path in ("config.json", "generation_config.json"):
+            with storage.atomic_write(path.parent / file.path) as stream:
+                storage.write_all(stream)(memoryview(file.source.read_bytes()))
+            files.append(File(file.path, file.size, path.parent / file.path))
+    return Snapshot(snapshot.name, path.parent, tuple(files))
 
 
 def _fingerprint(snapshot: Snapshot) -> str:

@@ -10,15 +10,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from weightctl import storage
-from weightctl.benchmark.ceilings import forget_files, read_files
+from weightctl.benchmark.ceilings import COLD_RESIDENCY, forget_files, read_files, residency
 from weightctl.benchmark.engines import Engine, Image, engines
 from weightctl.benchmark.results import SCHEMA, BenchResult, ColdStart, Scenario, Settings, Stage, write_result
-from weightctl.benchmark.runner import Job, run_job, run_load
+from weightctl.benchmark.runner import Job, described, run_load
 from weightctl.benchmark.scenarios import SCENARIOS, Kind, last_stages, summarize
 from weightctl.benchmark.scratch import PREFIX, temporary
 from weightctl.benchmark.summary import CONFIDENCE
@@ -30,7 +30,7 @@ from weightctl.images.registry_client import RegistryClient
 from weightctl.loaders import Loader, choose_loader, loaders, weight_files
 from weightctl.model import File, Snapshot
 from weightctl.operations.bake import Recipe, bake
-from weightctl.operations.bench import check_output, now, opened
+from weightctl.operations.bench import check_output, in_one_file, now, opened
 from weightctl.operations.push_volume import push_volume
 from weightctl.operations.resolve import resolve
 from weightctl.operations.serialize import serialize
@@ -75,6 +75,8 @@ class _Arrived:
 
 @dataclass(frozen=True)
 class _Way:
+    """One way of shipping that can be had here, and its cold starts so far."""
+
     kind: Kind
     name: str
     loader: Loader
@@ -82,6 +84,21 @@ class _Way:
     begin: Callable[[Path], AbstractContextManager[_Arrived]]
     """Bring the files here, by the clock, with a directory of its own for whatever it needs; then take them away."""
     jobs: int | None = None
+    layers: int | None = None
+    starts: list[ColdStart] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"{self.kind}, {self.name}" + (f", {self.jobs} jobs" if self.jobs else "")
+
+    @property
+    def failed(self) -> bool:
+        """Whether there is no use in another start."""
+        return any(start.status == "failed" for start in self.starts)
+
+    def row(self) -> Scenario:
+        """Of at least one start."""
+        found = summarize(self.kind, self.name, self.jobs, self.loader.name, self.deploy, self.starts)
+        return dataclasses.replace(found, layers=self.layers)
 
 
 @dataclass(frozen=True)
@@ -142,29 +159,22 @@ def run_scenarios(
     stored, about = opened(snapshot)
     runs = config.runs or RUNS
     paths = [file.source for file in weight_files(snapshot)]
-    asked = {"job": "describe", "device": config.device, "files": list(map(str, paths))}
-    environment = run_job(asked, config.timeout)["environment"]
+    environment = described(config, map(str, paths))
     device = environment["device"]
     created = now()
     settings = Settings(
         device, (shipping.strategy,), ("cold",), runs, 0.0, CONFIDENCE, config.timeout, config.workers
     )  # fmt: skip
     forget_files(paths)
-    ceilings = {"cold_read": read_files(paths, config.workers), "warm_read": read_files(paths, config.workers)}
-    starts: dict[int, list[ColdStart]] = {}
-    layers = sum(file.is_weight for file in snapshot.files) or 1
+    states = ("cold_read", "warm_read") if residency(paths) <= COLD_RESIDENCY else ("warm_read",)
+    ceilings = {state: read_files(paths, config.workers) for state in states}
+    ways: list[_Way | Scenario] = []
 
     def result(complete: bool) -> BenchResult:
-        rows = [
-            item if isinstance(item, Scenario) else dataclasses.replace(
-                summarize(item.kind, item.name, item.jobs, item.loader.name, item.deploy, starts[number]),
-                layers=layers if item.kind == "image" else None,
-            )
-            for number, item in enumerate(ways) if isinstance(item, Scenario) or starts[number]
-        ]  # fmt: skip
-        found = BenchResult(
-            SCHEMA, created, environment, ceilings, (), about, settings, (), complete, scenarios=tuple(rows)
+        rows = tuple(
+            way if isinstance(way, Scenario) else way.row() for way in ways if isinstance(way, Scenario) or way.starts
         )
+        found = BenchResult(SCHEMA, created, environment, ceilings, (), about, settings, (), complete, scenarios=rows)
         if output is not None:
             write_result(found, output)
         return found
@@ -174,30 +184,23 @@ def run_scenarios(
         scratch = shipped.enter_context(temporary(where, SCRATCH, partial(_undo, config, progress)))
         job = Job.of(stored, device, scratch, config, progress)
         bench = _Bench(snapshot, include, exclude, shipping, job, config, progress)
-        ways: list[_Way | Scenario] = []
         for kind in dict.fromkeys(shipping.scenarios):
             ways += _deployed(kind, bench, shipped)
-        starts.update((number, []) for number in range(len(ways)))
+        able = [way for way in ways if isinstance(way, _Way)]
         try:
             for number in range(1, runs + 1):
-                for place, way in enumerate(ways):
-                    past = starts[place]
-                    if isinstance(way, Scenario) or any(start.status == "failed" for start in past):
-                        continue
-                    past.append(_start(way, job, number))
-                    words = past[-1].reason or past[-1].mark or f"{past[-1].seconds:.2f} s"
-                    progress.note(f"{_title(way)}: {words}, start {number} of {runs}")
-                    result(False)
+                for way in able:
+                    if not way.failed:
+                        start = _start(way, job, number)
+                        way.starts.append(start)
+                        words = start.reason or start.mark or f"{start.seconds:.2f} s"
+                        progress.note(f"{way}: {words}, start {number} of {runs}")
+                        result(False)
         except KeyboardInterrupt:
-            if any(starts.values()):
+            if any(way.starts for way in able):
                 return result(False)
             raise
     return result(True)
-
-
-def _title(way: _Way | Scenario) -> str:
-    name = way.name if isinstance(way, _Way) else way.way
-    return f"{way.kind if isinstance(way, _Way) else way.scenario}, {name}" + (f", {way.jobs} jobs" if way.jobs else "")
 
 
 def _deployed(kind: str, bench: _Bench, shipped: ExitStack) -> list[_Way | Scenario]:
@@ -260,10 +263,11 @@ def _image(bench: _Bench, shipped: ExitStack) -> list[_Way | Scenario]:
         shipped.callback(_forget_image, name, baked.digest, bench.config, bench.progress)
     deploy = (Stage("bake", baked.written_bytes, baked.seconds),)
     loader = bench.loader(bench.snapshot)
+    layers = sum(file.is_weight for file in bench.snapshot.files) or 1
     for engine in able:
         for jobs in bench.shipping.jobs if engine.takes_jobs and bench.shipping.jobs else (None,):
             begin = _puller(engine(), image, jobs, word, layout, bench)
-            rows.append(_Way("image", engine.name, loader, deploy, begin, jobs))
+            rows.append(_Way("image", engine.name, loader, deploy, begin, jobs, layers))
     return rows
 
 
@@ -367,15 +371,12 @@ def _file(bench: _Bench, _: ExitStack) -> list[_Way | Scenario]:
         return [Scenario("file", "in place", None, "unavailable", reason)]
     where = bench.scratch / "model.tensors"
     bench.forget()
-    written = serialize(
+    serialized = serialize(
         bench.directory, where, include=bench.include, exclude=bench.exclude, config=bench.config,
         progress=bench.progress,
     )  # fmt: skip
-    beside = [file for file in bench.snapshot.files if file.path in ("config.json", "generation_config.json")]
-    file = File(where.name, written.bytes, where)
-    deploy = (Stage("serialize", written.bytes, written.seconds),)
-    begin = _in_place(Snapshot(bench.snapshot.name, bench.scratch, (file, *beside)))
-    return [_Way("file", "in place", loader(), deploy, begin)]
+    deploy = (Stage("serialize", serialized.bytes, serialized.seconds),)
+    return [_Way("file", "in place", loader(), deploy, _in_place(in_one_file(bench.snapshot, where)))]
 
 
 def _model(bench: _Bench, _: ExitStack) -> list[_Way | Scenario]:

@@ -82,11 +82,10 @@ def in_order(rows: Iterable[Mapping[str, object]]) -> tuple[str, ...]:
 
 def title(result: BenchResult) -> str:
     """What was loaded, of what size, and to where."""
-    model, environment = result.model, result.environment
-    device = environment.get("gpu") or environment.get("device") or result.settings.device
+    model = result.model
     return (
         f"{units.size(model.bytes)} in {units.count(model.tensors, 'tensor')}, "
-        f"{units.count(model.files, 'file')} of {model.format}, to {device}"
+        f"{units.count(model.files, 'file')} of {model.format}, to {result.device}"
     )
 
 
