@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import models
-from tests.command import start, weightctl
+from tests.command import start_halting, weightctl
 from tests.images.conformance import read_layout
 
 
@@ -115,13 +115,9 @@ def test_an_interrupt_stops_in_the_middle_of_a_file(tmp_path: Path) -> None:
     model.mkdir()
     with (model / "model.safetensors").open("wb") as stream:
         stream.truncate(4 << 30)  # sparse: it would go on for seconds
-    process = start("bake", model, "--tag", "m:v1", "--to", f"layout:{layout}")
-    try:
-        models.wait_for(lambda: models.bytes_in(layout / ".weightctl") > 20 << 20)
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=30)
-    finally:
-        process.kill()
+    command = ("bake", model, "--tag", "m:v1", "--to", f"layout:{layout}")
+    process = start_halting(signal.SIGINT, "weightctl.storage._read_full", 5, *command)  # reads 4 MiB each time
+    stdout, stderr = process.communicate()
     assert (process.returncode, stdout) == (130, "")
     assert "interrupted" in stderr
     assert "Traceback" not in stderr

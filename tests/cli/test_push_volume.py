@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests import models
-from tests.command import start, weightctl
+from tests.command import start, start_halting, weightctl
+
+READ = "weightctl.volumes.copying._read"
+"""Called for each block of 2 MiB."""
 
 
 @pytest.fixture
@@ -98,13 +101,9 @@ def test_damage_exits_3(model: Path, volume: Path, tmp_path: Path) -> None:
 
 
 def test_an_interrupt_stops_in_the_middle_of_a_file(volume: Path, tmp_path: Path) -> None:
-    process = start("push-volume", models.write_sparse_model(tmp_path / "m", 4 << 30), volume)
-    try:
-        models.wait_for(lambda: models.bytes_in(volume / ".weightctl") > 20 << 20)
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=30)
-    finally:
-        process.kill()
+    model = models.write_sparse_model(tmp_path / "m", 4 << 30)
+    process = start_halting(signal.SIGINT, READ, 10, "push-volume", model, volume)
+    stdout, stderr = process.communicate()
     assert (process.returncode, stdout) == (130, "")
     assert "interrupted" in stderr
     assert "Traceback" not in stderr
@@ -122,14 +121,13 @@ def test_keep_removes_old_versions(model: Path, volume: Path) -> None:
 
 
 def test_a_second_push_says_that_it_waits(volume: Path, tmp_path: Path) -> None:
-    model = models.write_sparse_model(tmp_path / "m", 256 << 20)
-    first = start("push-volume", model, volume)
-    models.stop_at(first, volume / ".weightctl" / "staging", 8 << 20)
+    model = models.write_sparse_model(tmp_path / "m", 16 << 20)
+    first = start_halting(signal.SIGSTOP, READ, 5, "push-volume", model, volume)
     second = start("push-volume", model, volume)
     assert second.stderr
     assert "another process is pushing the same" in second.stderr.readline()
     first.send_signal(signal.SIGCONT)
-    stdout, stderr = second.communicate(timeout=60)
+    stdout, stderr = second.communicate()
     assert first.communicate()[0] == stdout
     assert "nothing to copy" in stderr
 
