@@ -120,7 +120,7 @@ class ChaosProxy:
             hold = method == "PATCH" and self.hold_after is not None and self.body_bytes[method] >= self.hold_after
         if hold and not self.go_on.is_set():
             self.held.set()
-            self.go_on.wait(60)
+            self.go_on.wait()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -152,7 +152,7 @@ class _Handler(BaseHTTPRequestHandler):
                 pass
             self._reply(fault.status, {**fault.headers, "Content-Length": str(len(fault.body))}, fault.body, fault)
             return
-        upstream = http.client.HTTPConnection(self.chaos.registry, timeout=60)
+        upstream = http.client.HTTPConnection(self.chaos.registry, timeout=600)
         with contextlib.closing(upstream), contextlib.suppress(OSError, http.client.HTTPException):
             if not self._forward(upstream, length, fault):
                 self.connection.close()

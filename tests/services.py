@@ -9,13 +9,13 @@ import shutil
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tests.disk import cannot
+from tests.models import wait_for
 
 
 def tool(name: str, *arguments: object, as_root: bool = False) -> str:
@@ -24,7 +24,7 @@ def tool(name: str, *arguments: object, as_root: bool = False) -> str:
         cannot(f"{name} is not installed")
     if as_root and os.geteuid() != 0:
         cannot(f"{name} needs root for this")
-    done = subprocess.run([name, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([name, *map(str, arguments)], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, f"{name} {arguments}: {done.stderr}"
     return done.stdout
 
@@ -64,6 +64,20 @@ def docker_registry(directory: Path, auth: str = "") -> Iterator[str]:
     """
     if shutil.which("docker-registry") is None:
         cannot("docker-registry is not installed")
+    with (directory / "registry.log").open("w") as log:
+        host, process = _start_registry(directory, auth, log)
+        while process.poll() is not None:
+            said = Path(log.name).read_text()
+            assert "address already in use" in said, said  # somebody has just taken that port
+            host, process = _start_registry(directory, auth, log)
+        try:
+            yield host
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _start_registry(directory: Path, auth: str, log: IO[str]) -> tuple[str, subprocess.Popen[bytes]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         host = f"127.0.0.1:{free.getsockname()[1]}"
@@ -73,23 +87,16 @@ def docker_registry(directory: Path, auth: str = "") -> Iterator[str]:
         f"storage: {{filesystem: {{rootdirectory: {directory / 'storage'}}}}}\n"
         f"http: {{addr: '{host}', secret: the same after a restart}}\n" + (f"auth: {auth}\n" if auth else "")
     )
-    with (directory / "registry.log").open("w") as log:
-        process = subprocess.Popen(["docker-registry", "serve", settings], stdout=log, stderr=log)
-        try:
-            _wait_for(host, process)
-            yield host
-        finally:
-            process.terminate()
-            process.wait()
+    process = subprocess.Popen(["docker-registry", "serve", settings], stdout=log, stderr=log)
+    wait_for(lambda: process.poll() is not None or _answers(host))
+    return host, process
 
 
-def _wait_for(host: str, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(200):
-        assert process.poll() is None, "the service ended"
-        with contextlib.suppress(OSError), socket.create_connection((host.split(":")[0], int(host.split(":")[1]))):
-            return
-        time.sleep(0.05)
-    raise AssertionError("the service does not answer")
+def _answers(host: str) -> bool:
+    address, _, port = host.partition(":")
+    with contextlib.suppress(OSError), socket.create_connection((address, int(port))):
+        return True
+    return False
 
 
 @contextmanager
@@ -142,11 +149,12 @@ def podman_engine() -> Iterator[str]:
 
 
 def _wait_for_socket(path: Path, process: subprocess.Popen[bytes], log: Path) -> None:
-    for _ in range(600):
+    def answers() -> bool:
         if process.poll() is not None:
             cannot(f"the engine does not start here: {log.read_text()[-500:]}")
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as trial:
             trial.connect(str(path))
-            return
-        time.sleep(0.1)
-    raise AssertionError("the engine does not answer")
+            return True
+        return False
+
+    wait_for(answers)

@@ -28,7 +28,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 def test_an_example_runs(name: str, needs: str, says: str, tmp_path: Path) -> None:
     assert importlib.util.find_spec(needs), f"the tests need {needs}: pip install {needs}"
     outcome = subprocess.run(
-        [sys.executable, EXAMPLES / f"{name}.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [sys.executable, EXAMPLES / f"{name}.py"], cwd=tmp_path, capture_output=True, text=True, timeout=600
     )
     assert outcome.returncode == 0, outcome.stderr
     assert outcome.stdout.endswith(f"{says}\n")
