@@ -258,7 +258,8 @@ def _image(bench: _Bench, shipped: ExitStack) -> list[_Way | Scenario]:
     host = (name.registry or "").rpartition(":")[0] or name.registry
     plain = bench.config.plain_http or is_loopback(host)
     image = Image(str(name), baked.bytes, layout, plain)
-    (bench.scratch / IMAGE).write_text(json.dumps([image.name, None if layout else baked.digest]))
+    with storage.atomic_write(bench.scratch / IMAGE) as stream:  # half of it could not be undone
+        storage.write_all(stream)(memoryview(json.dumps([image.name, None if layout else baked.digest]).encode()))
     if layout is None:
         shipped.callback(_forget_image, name, baked.digest, bench.config, bench.progress)
     deploy = (Stage("bake", baked.written_bytes, baked.seconds),)
