@@ -30,8 +30,8 @@ class Buffers:
         self._shards = shards
         self._made: dict[int, torch.Tensor] = {}
         self._lock = threading.Lock()
-        if self.stream is not None and self._needed > (free := self._free()):
-            raise self._no_room(free)
+        if self.stream is not None and self._needed > self._free():
+            raise self._no_room()
 
     def __getitem__(self, index: int) -> torch.Tensor:
         """The bytes of the shard `index`. Raises WeightctlError if there is no memory for them."""
@@ -40,7 +40,7 @@ class Buffers:
             with self._lock:
                 made = self._made.get(index)
                 if made is None:
-                    made = self._made[index] = self._allocate(self._shards[index].nbytes)
+                    made = self._made[index] = self.allocate(self._shards[index].nbytes)
         return made
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -57,34 +57,38 @@ class Buffers:
         """Give the memory back."""
         self._made.clear()
 
-    @property
-    def _needed(self) -> int:
-        return sum(shard.nbytes for shard in self._shards)
-
-    def _allocate(self, nbytes: int) -> torch.Tensor:
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """Memory beside the buffers, of the same pool. Raises WeightctlError if there is none."""
         import torch
 
         try:
             with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
                 return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-        except torch.cuda.OutOfMemoryError as error:
-            raise self._no_room(self._free()) from error
-        except RuntimeError as error:  # the CPU's allocator has no error of its own
-            if self.stream:
+        except RuntimeError as error:  # the CPU's allocator has no error of its own for that
+            if self.stream and not isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
-            raise self._no_room(self._free()) from error
+            raise self._no_room(nbytes) from error
+
+    @property
+    def _needed(self) -> int:
+        return sum(shard.nbytes for shard in self._shards)
+
+    @property
+    def _taken(self) -> int:
+        return sum(buffer.nbytes for buffer in list(self._made.values()))
 
     def _free(self) -> int:
-        """What torch can still hand out: what is free, and what it holds without using it."""
+        """What the buffers have, and what torch can still hand out: what is free, or held by it without a use."""
         import torch
 
         if self.stream is None:
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+            return self._taken + os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
         unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return torch.cuda.mem_get_info(self.device)[0] + unused
+        return self._taken + torch.cuda.mem_get_info(self.device)[0] + unused
 
-    def _no_room(self, free: int) -> WeightctlError:
+    def _no_room(self, more: int = 0) -> WeightctlError:
+        needed = max(self._needed, self._taken + more)
         return WeightctlError(
-            f"the model does not fit on {self.device}: {self._needed} bytes are needed, {free} are free",
+            f"the model does not fit on {self.device}: {needed} bytes are needed, {self._free()} are free",
             "free some of it, load to another device, or load fewer tensors",
         )

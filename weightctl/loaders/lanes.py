@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from weightctl.errors import WeightctlError
-from weightctl.loaders.blocks import PAGE_BYTES, Block, Piece
+from weightctl.loaders.blocks import PAGE_BYTES, Block, Cast, Piece
 from weightctl.loaders.cuda import driver
 from weightctl.loaders.reading import Reader, Source
 
@@ -55,12 +55,11 @@ class StraightLane(Lane):
 
         source, buffer = self._sources[index], self._buffers[index]
         for piece in block.pieces:
-            straight = piece.cast is None
             place = slice(piece.place, piece.place + piece.nbytes)
-            data = buffer[place] if straight else torch.empty(piece.nbytes, dtype=torch.uint8)
+            data = torch.empty(piece.nbytes, dtype=torch.uint8) if piece.cast else buffer[place]
             self._reader.fill(source, data.numpy().data, block.offset + piece.start, piece.nbytes)
-            if not straight:
-                _convert(data, buffer, piece)
+            if piece.cast:
+                _convert(data, buffer, piece, piece.cast)
 
 
 class Slab:
@@ -83,7 +82,7 @@ class Slab:
         """Its block has been read, and is about to be sent."""
 
     def send(self, piece: Piece, buffer: torch.Tensor) -> None:
-        """Begin to copy a piece that is not converted to its place in `buffer`."""
+        """Begin to copy a piece, as it is, to its place in `buffer`."""
         buffer[piece.place : piece.place + piece.nbytes].copy_(self.tensor[piece.start : piece.end])
 
     def sent(self) -> None:
@@ -101,6 +100,8 @@ class SlabLane(Lane):
     def __init__(self, sources: Sequence[Source], buffers: Buffers, block_bytes: int, slabs: int) -> None:
         super().__init__(sources, buffers, block_bytes, slabs)
         self._slabs: deque[Slab] = deque()  # the next to be free is the first
+        self._index = -1
+        self._landing: torch.Tensor | None = None
 
     def bring(self, index: int, block: Block) -> None:
         """Whole pages are read, for the sake of O_DIRECT, and what is not wanted stays behind."""
@@ -108,23 +109,35 @@ class SlabLane(Lane):
         view = slab.view[: block.nbytes + -block.nbytes % PAGE_BYTES]
         self._reader.fill(self._sources[index], view, block.offset, block.nbytes)
         slab.sending()
-        buffer = self._buffer(index)
+        buffer = self._buffers[index]
+        if index != self._index:
+            self._follow_the_caller()
+            self._index = index
         for piece in block.pieces:
             if piece.cast is None:
                 slab.send(piece, buffer)
             else:
-                _convert(slab.tensor[piece.start : piece.end], buffer, piece)
+                _convert(self._landed(slab, piece), buffer, piece, piece.cast)
         slab.sent()
 
     def close(self) -> None:
         """The slabs go."""
         super().close()
+        self._landing = None
         for slab in self._slabs:
             slab.close()
         self._slabs.clear()
 
-    def _buffer(self, index: int) -> torch.Tensor:
-        return self._buffers[index]
+    def _landed(self, slab: Slab, piece: Piece) -> torch.Tensor:
+        """A piece's bytes where they are converted: in the device's memory, and aligned, whatever the file does."""
+        if self._landing is None:
+            self._landing = self._buffers.allocate(self._block_bytes)
+            self._follow_the_caller()
+        slab.send(piece._replace(place=0), self._landing)
+        return self._landing[: piece.nbytes]
+
+    def _follow_the_caller(self) -> None:
+        """Memory was given out, of which the caller's stream may have a use that it has not come to yet."""
 
     def _free_slab(self) -> Slab:
         if self._slabs and (len(self._slabs) == self._most_slabs or self._slabs[0].is_free()):
@@ -174,7 +187,7 @@ class PinnedSlab(Slab):
         self._driver = driver()
         self._stream: int = torch.cuda.current_stream().cuda_stream
         self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._arrived.record()  # what brings its handle into being
+        self._arrived.record()  # what brings its handle into being, and makes the device's context this thread's
         self._address = self.tensor.data_ptr()
         self._pinned = False
 
@@ -219,8 +232,7 @@ class CudaLane(SlabLane):
         import torch
 
         super().__init__(sources, buffers, block_bytes, slabs)
-        self._index = -1
-        if cpus := nearby_cpus(buffers.device):
+        if cpus := nearby_cpus(buffers.device) & os.sched_getaffinity(0):
             os.sched_setaffinity(0, cpus)  # of this thread alone, like the stream
         assert buffers.stream is not None
         self._caller = buffers.stream
@@ -229,24 +241,19 @@ class CudaLane(SlabLane):
 
     def close(self) -> None:
         """The one wait for the device."""
-        self._stream.synchronize()
-        super().close()
+        try:
+            self._stream.synchronize()
+        finally:
+            super().close()
 
-    def _buffer(self, index: int) -> torch.Tensor:
-        buffer = super()._buffer(index)
-        if index != self._index:  # its memory may have a use before it that the caller's stream has not come to yet
-            self._stream.wait_stream(self._caller)
-            self._index = index
-        return buffer
+    def _follow_the_caller(self) -> None:
+        self._stream.wait_stream(self._caller)
 
 
-def _convert(data: torch.Tensor, buffer: torch.Tensor, piece: Piece) -> None:
+def _convert(data: torch.Tensor, buffer: torch.Tensor, piece: Piece, cast: Cast) -> None:
     """Copy a piece's bytes to its place as another dtype, in the order of the present stream."""
-    assert piece.cast is not None
-    nbytes = piece.nbytes // piece.cast.source.itemsize * piece.cast.target.itemsize
-    target = buffer[piece.place : piece.place + nbytes].view(piece.cast.target)
-    # Converted where it arrives, from a copy: there it is aligned, whatever the file does.
-    target.copy_(data.to(buffer.device, non_blocking=True, copy=True).view(piece.cast.source), non_blocking=True)
+    nbytes = piece.nbytes // cast.source.itemsize * cast.target.itemsize
+    buffer[piece.place : piece.place + nbytes].view(cast.target).copy_(data.view(cast.source))
 
 
 @functools.cache
@@ -263,7 +270,7 @@ def nearby_cpus(device: torch.device) -> frozenset[int]:
         cpus = parse_cpus((NODES / f"node{node}" / "cpulist").read_text())
     except (AttributeError, OSError, ValueError):
         return frozenset()
-    return cpus & os.sched_getaffinity(0)
+    return cpus
 
 
 def parse_cpus(text: str) -> frozenset[int]:

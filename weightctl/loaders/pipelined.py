@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from weightctl.config import Config
-from weightctl.digests import unchanging
-from weightctl.errors import translated_os_errors
-from weightctl.loaders.base import Loader, loaders, translated_memory_errors
+from weightctl.loaders.base import Loader, loaders
 from weightctl.loaders.blocks import PAGE_BYTES, Block, Shard, plan
 from weightctl.loaders.buffers import Buffers
 from weightctl.loaders.lanes import CudaLane, Lane, StraightLane, pinned
 from weightctl.loaders.reading import Source
-from weightctl.loaders.safetensors import own_checkpoint
+from weightctl.loaders.safetensors import watched_checkpoint
 from weightctl.model import Snapshot
 from weightctl.storage import in_parallel, pause
 
@@ -82,16 +80,10 @@ class PipelinedLoader(Loader):
         dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> dict[str, torch.Tensor]:
         """Reads no more than it must, and converts on the device, block by block."""
-        ring_bytes = Config.load().ring_bytes
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(translated_os_errors(f"read {snapshot.root}"))
-            for file in snapshot.files:
-                if file.path.endswith(".safetensors"):
-                    stack.enter_context(unchanging(file.source))
-            entries = own_checkpoint(snapshot).tensors
-            nbytes = sum(entry.nbytes for entry in entries if names is None or entry.name in names)
-            tuning = Tuning.of(nbytes, ring_bytes)
-            shards = plan(entries, tuning.block_bytes, names, dtypes)
+        with watched_checkpoint(snapshot) as checkpoint:
+            nbytes = sum(entry.nbytes for entry in checkpoint.tensors if names is None or entry.name in names)
+            tuning = Tuning.of(nbytes, Config.load().ring_bytes)
+            shards = plan(checkpoint.tensors, tuning.block_bytes, names, dtypes)
             return load_shards(shards, device, StraightLane if device == "cpu" else CudaLane, tuning)
 
 
@@ -113,8 +105,7 @@ def load_shards(shards: Sequence[Shard], device: str, lane: type[Lane], tuning: 
     readers = min(tuning.readers, len(blocks))
     try:
         if readers:
-            with translated_memory_errors("the model"):
-                in_parallel(bring, range(readers), readers)
+            in_parallel(bring, range(readers), readers)
         return buffers.tensors()
     finally:
         buffers.clear()  # the traceback of an error would keep them

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from weightctl.checkpoint import Checkpoint, TensorEntry, read_checkpoint
 from weightctl.config import Config
+from weightctl.digests import unchanging
 from weightctl.errors import IntegrityError, UsageError, translated_os_errors
 from weightctl.loaders.base import FormatLoader, convert, loaders, translated_read_errors
 from weightctl.loaders.stored import Entry, Stored, as_bytes
@@ -126,6 +128,17 @@ def own_checkpoint(snapshot: Snapshot) -> Checkpoint:
     if checkpoint.format != "safetensors":
         raise UsageError(f"no safetensors weights in {snapshot.root}", "choose another strategy, or auto")
     return checkpoint
+
+
+@contextlib.contextmanager
+def watched_checkpoint(snapshot: Snapshot) -> Iterator[Checkpoint]:
+    """`own_checkpoint`, for a block that reads the files. Raises IntegrityError if they were written to meanwhile."""
+    with contextlib.ExitStack() as files:
+        files.enter_context(translated_os_errors(f"read {snapshot.root}"))
+        for file in snapshot.files:
+            if file.path.endswith(".safetensors"):
+                files.enter_context(unchanging(file.source))
+        yield own_checkpoint(snapshot)
 
 
 def described(entry: TensorEntry) -> Entry:

@@ -16,16 +16,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weightctl.config import Config
-from weightctl.digests import unchanging
-from weightctl.errors import IntegrityError, UsageError, translated_os_errors
-from weightctl.loaders.base import Loader, translated_memory_errors
+from weightctl.errors import IntegrityError, UsageError
+from weightctl.loaders.base import Loader
 from weightctl.loaders.blocks import Block, Shard
 from weightctl.loaders.buffers import Buffers
 from weightctl.loaders.lanes import CudaLane, StraightLane
 from weightctl.loaders.pipelined import READER_SHARE, Tuning
 from weightctl.loaders.ranks import Letter, Ranks, Team, check_backend, this_host, translated_group_errors
 from weightctl.loaders.reading import Source
-from weightctl.loaders.safetensors import own_checkpoint
+from weightctl.loaders.safetensors import watched_checkpoint
 from weightctl.loaders.slices import Plan, cuts
 from weightctl.loaders.windows import DEPTH, Asked, Exchange, Window, schedule
 from weightctl.model import Snapshot
@@ -49,7 +48,7 @@ class Wanted:
 
 
 def load_together(
-    group: ProcessGroup, device: str, wanted: Callable[[], Wanted], plan: Plan | None = None
+    group: ProcessGroup, device: str | torch.device, wanted: Callable[[], Wanted], plan: Plan | None = None
 ) -> dict[str, torch.Tensor]:
     """Every tensor that is `wanted`, or this rank's part of it, where `plan` cuts it.
 
@@ -105,15 +104,12 @@ def _load_together(ranks: Ranks, wanted: Callable[[], Wanted], plan: Plan) -> di
 def _read_headers(wanted: Wanted, plan: Plan, ranks: Ranks, files: contextlib.ExitStack) -> tuple[Asked, Letter]:
     """What there is to load, and what has to be alike on all ranks. Watches the files until `files` is closed."""
     check_backend(ranks.group, wanted.device)
-    weights = [file for file in wanted.snapshot.files if file.path.endswith(".safetensors")]
-    files.enter_context(translated_os_errors(f"read {wanted.snapshot.root}"))
-    for file in weights:
-        files.enter_context(unchanging(file.source))
-    entries = own_checkpoint(wanted.snapshot).tensors
+    checkpoint = files.enter_context(watched_checkpoint(wanted.snapshot))
+    entries = checkpoint.tensors
     cut = cuts(entries, plan, ranks.size)
     chosen = tuple(entry for entry in entries if wanted.names is None or entry.name in wanted.names)
     asked = Asked(chosen, wanted.device, wanted.dtypes or {}, cut)
-    hashes = [file.sha256 for file in weights]
+    hashes = [file.sha256 for file in checkpoint.files]
     dimensions = {name: one.dimension for name, one in cut.items()}
     letter = {
         "host": this_host(),
@@ -174,6 +170,9 @@ class Relay:
         self._team = team
         shards, self._windows = schedule(asked, team, self._tuning.block_bytes)
         self.buffers = WindowBuffers(shards, self._windows, asked.device)
+        # Now, since a rank that found no memory in the midst of the exchanges would keep the others waiting.
+        flags = self.buffers.allocate(len(self._windows) * team.size).zero_()
+        self._failed = flags.view(len(self._windows), team.size)
         self._first = len(shards)  # the lanes' number of the first window
         sources = {entry.file: Source(entry.file.source, entry.file.size) for entry in asked.entries}
         self._sources = [Source(shard.path, shard.file_bytes) for shard in shards]
@@ -192,7 +191,7 @@ class Relay:
     def run(self) -> None:
         """Bring everything. Raises what this rank raises; returns early if another has failed."""
         readers = min(self._tuning.readers, len(self._blocks) + len(self._own))
-        with translated_memory_errors("the model"), ThreadPoolExecutor(1) as pool:
+        with ThreadPoolExecutor(1) as pool:
             exchanging = pool.submit(self._exchange)
             try:
                 if readers:
@@ -288,7 +287,7 @@ class Relay:
             torch.cuda.current_stream().wait_stream(stream)
         exchange = self._windows[number].exchange
         assert exchange is not None
-        failed = torch.zeros(self._team.size, dtype=torch.uint8, device=self.buffers.device)
+        failed = self._failed[number]
         failed[self._team.index] = not brought
         stretch = self.buffers[exchange.buffer][exchange.first : exchange.last]
         return _Begun(number, exchange, (*self._team.gather(stretch), *self._team.gather(failed)), failed)
@@ -299,7 +298,7 @@ class Relay:
             work.wait()
         for columns in begun.exchange.columns:
             columns.keep(self.buffers[begun.exchange.buffer], self.buffers)
-        failed = bool(begun.failed.any())  # waits for the device
+        failed = any(begun.failed.tolist())  # waits for the device
         with self._changed:
             self._over = begun.number
             self._changed.notify_all()
