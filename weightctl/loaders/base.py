@@ -73,7 +73,7 @@ class Loader(Backend, ABC):
 
     @abstractmethod
     def load(self, snapshot: Snapshot, device: str) -> dict[str, torch.Tensor]:
-        """Every tensor of the model by name, on `device` (`cpu`, `cuda`, `cuda:N`), ready for use on return.
+        """Every tensor of the model by name, on `device` (`cpu` or `cuda:N`), ready for use on return.
 
         Raises UsageError if the model holds none of `formats`, IntegrityError if its files are damaged.
         """
@@ -153,15 +153,20 @@ def choose_loader(strategy: str, snapshot: Snapshot, device: str = "cpu") -> Loa
 
 
 def choose_device(device: str) -> str:
-    """`auto` is `cuda` where there is one. Raises UsageError for a CUDA device that is not there, or without torch."""
+    """`cpu` or `cuda:N`: `cuda` is torch's present device, and `auto` that where there is one.
+
+    Raises UsageError for a CUDA device that is not there, or without torch.
+    """
     if importlib.util.find_spec("torch") is None:
         raise NotInstalledError("loading", "torch", "torch")
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "auto":
-        return "cuda" if count else "cpu"
-    if device != "cpu" and int(device.partition(":")[2] or 0) >= count:
+    if device == "cpu" or (device == "auto" and not count):
+        return "cpu"
+    if device in ("auto", "cuda") and count:
+        return f"cuda:{torch.cuda.current_device()}"
+    if int(device.partition(":")[2] or 0) >= count:
         raise UsageError(f"there is no device {device!r}: torch sees {count} CUDA devices", "use cpu, or auto")
     return device
 
@@ -194,7 +199,7 @@ def translated_read_errors(path: Path, *more: type[Exception]) -> Iterator[None]
         with translated_os_errors(f"read {path}"), translated_memory_errors(path):
             yield
     except (*_UNREADABLE, *more) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0]
         if " " not in reason:  # KeyError
             reason = repr(error)
         raise IntegrityError(f"{path} cannot be read: {reason[:200]}", "it is damaged: fetch it again") from error

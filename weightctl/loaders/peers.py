@@ -26,11 +26,7 @@ class PeerLoader(Loader):
 
     def load(self, snapshot: Snapshot, device: str) -> dict[str, torch.Tensor]:
         """Checks the headers first. What the library raises then is a WeightctlError that names it."""
-        import torch
-
         checkpoint = own_checkpoint(snapshot)
         wanted = {described(entry).name for entry in checkpoint.tensors}
-        if device == "cuda":
-            device = f"cuda:{torch.cuda.current_device()}"
         with translated_library_errors(self.name, snapshot):
             return {name: tensor for name, tensor in self.stream(checkpoint, device) if name in wanted}

@@ -44,7 +44,7 @@ def this_host() -> str:
 class Ranks:
     """A process group of torch.distributed, as one of its members sees it."""
 
-    def __init__(self, group: ProcessGroup, device: str) -> None:
+    def __init__(self, group: ProcessGroup, device: str | torch.device) -> None:
         """`device` is where this rank's tensors are to be. Raises UsageError if this process is not of the group."""
         from torch import distributed
 
@@ -53,7 +53,7 @@ class Ranks:
         if self.rank < 0:
             raise UsageError("this process does not belong to the process group", "load in its members only")
         self.size = distributed.get_world_size(group)
-        self._device = _own_device(group, device)
+        self._device = _own_device(group, str(device))
         self._over = False
 
     def agree(self, work: Callable[[], T], tell: Callable[[T], Letter] = lambda _: {}) -> tuple[T, list[Letter]]:
@@ -169,7 +169,8 @@ def translated_group_errors(group: ProcessGroup | None = None) -> Iterator[None]
     except RuntimeError as error:
         if group is not None:
             _leave(group)
-        reason = re.sub(r"^\[[^]]*] ", "", str(error).strip()).partition("\n")[0].partition(". ")[0]
+        text = str(error).strip().rpartition("Last error:\n")[2]  # NCCL's own words, which follow torch's
+        reason = re.sub(r"^\[[^]]*] ", "", text).partition("\n")[0].partition(". ")[0]
         raise WeightctlError(
             f"the ranks lost each other: {reason[:300]}", "another rank may have ended: its own error says why"
         ) from error

@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 def load(
     model: str | Path,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     strategy: str = "auto",
     *,
     tensors: Sequence[str] = (),
@@ -44,12 +44,12 @@ def load(
 ) -> dict[str, torch.Tensor]:
     """Every tensor of a model by name, with the dtype and shape that its files give, on `device`.
 
-    `model` is a MODEL, or the path of one weight file (model.tensors). `device` is `cpu`, `cuda`, `cuda:N` or `auto`
-    (CUDA where there is one), `strategy` a name that `weightctl backends` lists or `auto` (`pipelined` for safetensors
-    on CUDA, else what the model's own format asks for). `tensors` are names or globs of those that are wanted, and
-    `dtype` (`bfloat16`) converts the floating tensors that `from_pretrained` would convert; `pipelined` reads only
-    what is wanted, and converts on the device. Tied tensors share their memory, and several may be views of one
-    allocation: clone what has to outlive the rest. On the CPU tensors may be views of the mapped files.
+    `model` is a MODEL, or the path of one weight file (model.tensors). `device` is `cpu`, `cuda:N`, `cuda` (torch's
+    present one) or `auto` (that, where there is one), `strategy` a name that `weightctl backends` lists or `auto`
+    (`pipelined` for safetensors on CUDA, else what the model's own format asks for). `tensors` are names or globs of
+    those that are wanted, and `dtype` (`bfloat16`) converts the floating tensors that `from_pretrained` would convert;
+    `pipelined` reads only what is wanted, and converts on the device. Tied tensors share their memory, and several may
+    be views of one allocation: clone what has to outlive the rest. On the CPU tensors may be views of the mapped files.
 
     With a `process_group` of torch.distributed (NCCL for CUDA, gloo for the CPU) every rank of it calls this, each with
     a device of its own. Those of one host read every byte once between them, and exchange it. With a `plan` each has
@@ -77,7 +77,7 @@ def load(
 def load_into(
     module: torch.nn.Module,
     model: str | Path,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     strategy: str = "auto",
     *,
     process_group: ProcessGroup | None = None,
@@ -103,7 +103,7 @@ def load_into(
 
 def load_model(
     model: str | Path,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     strategy: str = "auto",
     *,
     dtype: str | torch.dtype = "auto",
@@ -134,7 +134,7 @@ def load_model(
     return _by_all(process_group, device, build)
 
 
-def _by_all(group: ProcessGroup | None, device: str, work: Callable[..., T]) -> T:
+def _by_all(group: ProcessGroup | None, device: str | torch.device, work: Callable[..., T]) -> T:
     """What `work()` gives, or `work(ranks)` by all ranks of `group`; if it fails on one, it does on all."""
     if group is None:
         return work()
@@ -166,7 +166,7 @@ def _dtypes(snapshot: Snapshot, dtype: str | torch.dtype | None) -> dict[str, to
 
 def _chosen(
     model: str | Path,
-    device: str,
+    device: str | torch.device,
     strategy: str,
     revision: str | None,
     include: Sequence[str],
@@ -175,7 +175,7 @@ def _chosen(
     shared: Ranks | None = None,
 ) -> tuple[Snapshot, Loader, str]:
     strategy = _shared(strategy) if shared else strategy
-    config = Config.load({name: v for name, v in (("device", device), ("strategy", strategy)) if v != "auto"})
+    config = Config.load({name: v for name, v in (("device", str(device)), ("strategy", strategy)) if v != "auto"})
     if not isinstance(model, (str, Path)):
         raise UsageError(f"a MODEL is a string or a Path, not {model!r}", "./dir, or org/name")
     text = str(model)
