@@ -8,6 +8,7 @@ import os
 import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeGuard
 
 from weightctl.errors import IntegrityError, UsageError, translated_os_errors
@@ -149,6 +150,7 @@ def read_safetensors_header(file: File) -> list[TensorEntry]:
         prefix = stream.read(8)
         if len(prefix) < 8:
             raise IntegrityError(f"{path} is no safetensors file: it has {size} bytes", _DAMAGED)
+        refuse_pointer(path, prefix)
         length = int.from_bytes(prefix, "little")
         if length > MAX_HEADER_BYTES or length > size - 8:
             raise IntegrityError(f"{path}: its header claims {length} bytes, the file has {size}", _DAMAGED)
@@ -167,6 +169,14 @@ def read_safetensors_header(file: File) -> list[TensorEntry]:
     if end != size:
         raise IntegrityError(f"{path} has {size} bytes, its header describes {end}", _DAMAGED)
     return entries
+
+
+def refuse_pointer(path: Path, beginning: bytes) -> None:
+    """Raise IntegrityError for what git leaves in the place of a large file, of which these are the first bytes."""
+    if beginning.startswith(b"version "):
+        raise IntegrityError(
+            f"{path} is a Git LFS pointer, not the file itself", "fetch that: git lfs pull, or weightctl pull"
+        )
 
 
 _DAMAGED = "it is truncated or damaged: fetch it again"

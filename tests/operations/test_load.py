@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ def test_missing_and_strange_tensors_are_listed_never_made_up(tmp_path: Path) ->
         refused(weightctl.WeightctlError, *words, load=weightctl.load_model, model=directory, strategy=strategy)
 
 
-@pytest.mark.parametrize("strategy", ["safetensors", "transformers", "auto"])
+@pytest.mark.parametrize("strategy", ["safetensors", "transformers", "pipelined"])
 @pytest.mark.parametrize(
     "header",
     [
@@ -211,6 +212,24 @@ def test_a_truncated_file_is_refused(tmp_path: Path, name: str, keep: int) -> No
     refused(weightctl.IntegrityError, name, model=tmp_path / "cut")
 
 
+def test_a_record_that_is_shorter_than_the_pickle_says_is_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.randn(100), "b": torch.randn(100), "empty": torch.ones(0)}, tmp_path / "model.pth")
+    assert weightctl.load(tmp_path).keys() == {"a", "b", "empty"}
+    with zipfile.ZipFile(tmp_path / "model.pth") as whole:
+        records = {name: whole.read(name) for name in whole.namelist()}
+    with zipfile.ZipFile(tmp_path / "model.pth", "w") as cut:
+        for name, data in records.items():
+            cut.writestr(name, data[:396] if name.endswith("/data/0") else data)
+    refused(weightctl.IntegrityError, "model.pth", "records", model=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_pointer_is_called_so(tmp_path: Path, name: str) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 90868376\n"
+    (tmp_path / name).write_text(pointer)
+    refused(weightctl.IntegrityError, name, "Git LFS pointer", "git lfs pull", model=tmp_path)
+
+
 def test_a_legacy_file_loads(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(3)}, tmp_path / "model.bin", _use_new_zipfile_serialization=False)
     assert equal(weightctl.load(tmp_path)["a"], torch.ones(3))
@@ -255,7 +274,7 @@ def test_what_cannot_be_is_said(tmp_path: Path, crepe: Path) -> None:
 def test_one_glob_need_not_be_in_a_list(tmp_path: Path) -> None:
     save_file({"one": torch.ones(2), "two": torch.ones(3)}, tmp_path / "model.safetensors")
     save_file({"three": torch.ones(4)}, tmp_path / "other.safetensors")
-    assert weightctl.load(tmp_path, include="model*", tensors="tw*").keys() == {"two"}
+    assert weightctl.load(tmp_path, torch.device("cpu"), include="model*", tensors="tw*").keys() == {"two"}
 
 
 def test_a_real_state_dict_loads(crepe: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
-from pathlib import Path
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, ClassVar
 
-from weightctl.checkpoint import Checkpoint, read_checkpoint
+from weightctl.checkpoint import Checkpoint, read_checkpoint, refuse_pointer
 from weightctl.errors import IntegrityError, UsageError
 from weightctl.loaders.base import SUFFIXES, FormatLoader, loaders, translated_read_errors
 from weightctl.loaders.stored import Stored, stored
@@ -68,11 +70,13 @@ def _load(path: Path, device: str) -> dict[str, torch.Tensor]:
     try:
         with translated_read_errors(path):
             with path.open("rb") as stream:
-                zipped = stream.read(4) == b"PK\3\4"
+                beginning = stream.read(8)
+            refuse_pointer(path, beginning)
+            zipped = beginning.startswith(b"PK\3\4")
             content = torch.load(path, map_location=device, mmap=zipped, weights_only=True)
     except pickle.UnpicklingError as error:
         raise IntegrityError(
-            f"{path} holds more than tensors, so it was not loaded: its pickle could run any program",
+            f"{path} is damaged, or holds more than tensors: it was not loaded, since its pickle could run any program",
             "get the model as safetensors, or convert it where you trust its author",
         ) from error
     if not isinstance(content, dict):
@@ -82,7 +86,21 @@ def _load(path: Path, device: str) -> dict[str, torch.Tensor]:
             raise UsageError(f"{path} is no plain state dict: {name!r} is a {type(value).__name__}", _WANTED)
         if value.layout is not torch.strided or value.is_nested or value.is_meta:
             raise UsageError(f"{path} is no plain state dict: {name!r} is sparse, nested or without bytes", _WANTED)
+    if zipped:
+        _check_records(path, content.values())
     return {name: value.detach().resolve_conj().resolve_neg() for name, value in content.items()}
+
+
+def _check_records(path: Path, tensors: Iterable[torch.Tensor]) -> None:
+    """Raise IntegrityError unless the file has a record for each storage, of its size.
+
+    torch takes the pickle's word for that, and maps what follows in the file.
+    """
+    with translated_read_errors(path, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        items = [item for item in archive.infolist() if PurePosixPath(item.filename).parent.name == "data"]
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
+    if Counter(filter(None, storages.values())) - Counter(item.file_size for item in items):
+        raise IntegrityError(f"{path}: its records are not those that its pickle describes", "fetch it again")
 
 
 _WANTED = "weightctl reads a dict of names and dense tensors, as model.state_dict() gives"
