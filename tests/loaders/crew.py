@@ -16,8 +16,8 @@ from torch import distributed
 
 from weightctl.errors import WeightctlError
 
-SECONDS = 60
-"""Of waiting for another rank: a hang is an error."""
+SECONDS = 300
+"""Of waiting for another rank, which may only just begin to import torch: a hang is an error."""
 
 
 class Crew:
@@ -53,7 +53,9 @@ class Crew:
 @contextlib.contextmanager
 def crew(size: int, device: str = "cpu", timeout: float = SECONDS) -> Iterator[Crew]:
     """Start them, and end them. Their groups wait for `timeout` seconds."""
-    context = multiprocessing.get_context("spawn")
+    # From a process that has imported what all of them need: torch alone takes each seconds.
+    context: Any = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
+    context.set_forkserver_preload(["torch.distributed", "weightctl.operations.load"])
     with tempfile.TemporaryDirectory() as scratch:
         pipes = [context.Pipe() for _ in range(size)]
         processes = [

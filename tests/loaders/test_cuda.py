@@ -1,4 +1,4 @@
-"""The calls of the CUDA driver: what they say where there is none, and that a refusal is an error."""
+"""The CUDA driver: what is said where there is none or it refuses, and which device is meant."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from weightctl.errors import WeightctlError
-from weightctl.loaders import cuda
+from weightctl.loaders import choose_device, cuda
 from weightctl.loaders.cuda import Driver
 
 
@@ -26,3 +26,12 @@ def test_what_the_driver_refuses() -> None:
     source = ctypes.create_string_buffer(4096)
     with pytest.raises(WeightctlError, match="CUDA error 1"):
         Driver().copy(0, ctypes.addressof(source), 4096, torch.cuda.current_stream().cuda_stream)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_the_present_device_is_taken() -> None:
+    """Libraries differ in which one they take `cuda` for."""
+    last = torch.cuda.device_count() - 1
+    with torch.cuda.device(last):
+        assert choose_device("cuda") == choose_device("auto") == f"cuda:{last}"

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import weightctl
+from tests.loaders.samples import DEVICES
 
 
 class Tied(nn.Module):
@@ -37,14 +38,19 @@ def meta() -> Tied:
         return Tied()
 
 
-@pytest.mark.parametrize("strategy", ["auto", "pipelined"])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("strategy", ["safetensors", "pipelined"])
 @pytest.mark.parametrize("make", [meta, Tied])
 @pytest.mark.parametrize("leave_out", [(), ("head.weight",), ("embed.weight",)])
-def test_a_module_is_filled(tmp_path: Path, make: type[Tied], strategy: str, leave_out: tuple[str, ...]) -> None:
+def test_a_module_is_filled(
+    tmp_path: Path, make: type[Tied], strategy: str, leave_out: tuple[str, ...], device: str
+) -> None:
     original = Tied().eval()
     original.norm.running_mean.fill_(3)
     module = make().eval()
-    weightctl.load_into(module, saved(original, tmp_path, *leave_out), "cpu", strategy)
+    weightctl.load_into(module, saved(original, tmp_path, *leave_out), device, strategy)
+    assert module.head.weight.device.type == (device if make is meta else "cpu")
+    module.cpu()
     assert module.head.weight is module.embed.weight
     assert isinstance(module.head.weight, nn.Parameter)
     assert module.head.weight.requires_grad

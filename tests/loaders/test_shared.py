@@ -17,7 +17,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -28,17 +28,14 @@ from torch.distributed import ProcessGroup
 
 import weightctl
 from tests.loaders.crew import Crew, crew
-from tests.loaders.test_pipelined import Shapes, entries, mark, models, write
-from weightctl.checkpoint import TensorEntry
+from tests.loaders.samples import Shapes, entries, models, write
 from weightctl.errors import IntegrityError, UsageError, WeightctlError
 from weightctl.loaders import windows
-from weightctl.loaders.blocks import ALIGNMENT, PAGE_BYTES
-from weightctl.loaders.ranks import Ranks, Team
+from weightctl.loaders.ranks import Ranks
 from weightctl.loaders.shared import Relay
-from weightctl.loaders.slices import Cut, Plan, cuts
+from weightctl.loaders.slices import Plan, cuts
 from weightctl.loaders.stored import as_bytes
-from weightctl.loaders.windows import Asked, schedule
-from weightctl.model import File
+from weightctl.loaders.windows import Asked
 from weightctl.sources.directory import read_directory
 
 Found = dict[str, tuple[str, tuple[int, ...], str]]
@@ -89,9 +86,8 @@ def expected(tensors: Mapping[str, torch.Tensor], plan: Mapping[str, int], rank:
     for name, tensor in tensors.items():
         dimension = next((dimension for glob, dimension in plan.items() if fnmatch.fnmatchcase(name, glob)), None)
         if dimension is not None:
-            whole = (
-                tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
-            )  # a copy of bools makes them 0 or 1
+            # Not as bools, since a copy makes those 0 or 1.
+            whole = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
             chunks = whole.chunk(size, dimension)
             part = chunks[rank] if rank < len(chunks) else whole.narrow(dimension, 0, 0)
             tensor = part.contiguous().view(tensor.dtype)
@@ -111,10 +107,10 @@ def check(
 
 @settings(max_examples=25, deadline=None)
 @given(
-    shards=models(2000),
+    shards=models(1000),
     size=st.integers(1, 4),
     dimensions=st.lists(st.integers(0, 3), max_size=40),
-    part=st.sampled_from([1024, 8192, 1 << 26]),
+    part=st.sampled_from([2048, 8192, 1 << 26]),
     stage=st.sampled_from([1, 100, 1 << 25]),
 )
 def test_every_rank_has_its_bytes(
@@ -181,105 +177,6 @@ def test_hosts_of_their_own(ranks: Crew, tmp_path: Path, hosts: str) -> None:
         assert answers == [expected(tensors, options.get("plan", {}), rank, size) for rank in range(size)]
 
 
-def team_of(size: int, rank: int) -> Team:
-    return Team(cast(ProcessGroup, None), tuple(range(size)), tuple(range(size)), rank)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    shards=models(),
-    size=st.integers(1, 5),
-    dimensions=st.lists(st.integers(0, 3), max_size=40),
-    part=st.sampled_from([256, 4096, 1 << 26]),
-    stage=st.sampled_from([1, 100, 1 << 25]),
-    pages=st.integers(2, 6),
-)
-def test_the_ranks_of_a_host_read_each_byte_once(
-    shards: list[tuple[Shapes, int]], size: int, dimensions: list[int], part: int, stage: int, pages: int
-) -> None:
-    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(windows, "PART_BYTES", part)
-        patch.setattr(windows, "STAGE_BYTES", stage)
-        file = write(Path(directory) / "model.safetensors", shards[0][0], shards[0][1])
-        there = entries([file])
-        found = {
-            entry.name: Cut(entry.shape, dimension, size)
-            for entry, dimension in zip(there, dimensions, strict=False)
-            if dimension < len(entry.shape)
-        }
-        asked = Asked(tuple(there), "cpu", {}, found)
-        read, orders, loads = bytearray(file.size), [], []
-        for rank in range(size):
-            team = team_of(size, rank)
-            shards_of_rank, planned = schedule(asked, team, pages * PAGE_BYTES)
-            stages = [shard.nbytes for shard in shards_of_rank if not shard.tensors]
-            assert len(stages) <= windows.DEPTH
-            assert all(nbytes < stage + ALIGNMENT for nbytes in stages)
-            for window in planned:
-                for block in window.blocks:
-                    for piece in block.pieces:
-                        mark(read, block.offset + piece.start, piece.nbytes)
-                        assert piece.place + piece.nbytes <= shards_of_rank[window.buffer].nbytes
-            orders.append([type(window.exchange) for window in planned])
-            loads.append(sum(p.nbytes for window in planned for block in window.blocks for p in block.pieces))
-        assert all(order == orders[0] for order in orders)
-        assert sum(read) == sum(entry.nbytes for entry in there)
-
-
-def test_reads_are_spread_evenly(tmp_path: Path) -> None:
-    file = write(tmp_path / "model.safetensors", [("BF16", (1000, 999)), ("F32", (7,)), ("BF16", (999, 1000))])
-    there = entries([file])
-    for cut in ({}, {"t0": Cut((1000, 999), 1, 4), "t2": Cut((999, 1000), 0, 4)}):
-        loads = []
-        for rank in range(4):
-            _, planned = schedule(Asked(tuple(there), "cpu", {}, cut), team_of(4, rank), 1 << 20)
-            loads.append(sum(piece.nbytes for window in planned for block in window.blocks for piece in block.pieces))
-        assert max(loads) - min(loads) <= 4000
-
-
-@given(shape=st.lists(st.integers(0, 5), min_size=1, max_size=4), dimension=st.integers(0, 3), size=st.integers(1, 6))
-def test_a_cut_is_that_of_torch(shape: list[int], dimension: int, size: int) -> None:
-    dimension %= len(shape)
-    whole = torch.arange(torch.Size(shape).numel()).reshape(shape)
-    cut = Cut(tuple(shape), dimension, size)
-    chunks = whole.chunk(size, dimension)
-    for rank in range(size):
-        part = cut.part(rank)
-        right = chunks[rank] if rank < len(chunks) else whole.narrow(dimension, 0, 0)
-        assert part.shape == tuple(right.shape)
-        numbers = [number for first, count in part.spans for number in range(first, first + count)]
-        assert numbers == right.flatten().tolist()
-
-
-def entry(name: str, *shape: int) -> TensorEntry:
-    return TensorEntry(name, File("f", 0, Path("/f")), 0, 0, "F32", shape)
-
-
-def test_a_plan_names_modules_or_tensors() -> None:
-    there = [entry("model.layers.0.q_proj.weight", 4, 6), entry("model.layers.0.q_proj.bias", 4)]
-    there += [entry("model.layers.0.o_proj.weight", 6, 4), entry("model.layers.0.o_proj.bias", 6), entry("head", 9, 4)]
-    plan: Plan = {"model.layers.*.o_proj": "rowwise", "*.q_proj.bias": None, "*.q_proj": "colwise", "head": -1}
-    assert {name: cut.dimension for name, cut in cuts(there, plan, 2).items()} == {
-        "model.layers.0.q_proj.weight": 0,
-        "model.layers.0.o_proj.weight": 1,
-        "head": 1,
-    }
-
-
-@pytest.mark.parametrize(
-    ("plan", "message"),
-    [
-        ({"*.v_proj": 0}, "'\\*.v_proj' matches no tensor"),
-        ({"q_proj": "packed"}, "unknown style 'packed'"),
-        ({"q_proj": 2}, "'q_proj.weight' along dimension 2"),
-        ({"q_proj": -3}, "'q_proj.weight' along dimension -3"),
-    ],
-)
-def test_a_plan_that_cannot_be(plan: Plan, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        cuts([entry("q_proj.weight", 4, 6)], plan, 2)
-
-
 def test_what_cannot_be_shared(ranks: Crew, tmp_path: Path) -> None:
     save_file({"a": torch.ones(2, 2)}, tmp_path / "model.safetensors")
     with pytest.raises(UsageError, match="a plan is for the ranks of a process group"):
@@ -301,14 +198,14 @@ def one_fails(answers: list[Any], rank: int, kind: type[WeightctlError], message
         assert answer.hint == answers[rank].hint
 
 
-def load_from(group: ProcessGroup, device: str, options: dict[str, Any], directory: Path) -> Found:
+def load_as(group: ProcessGroup, device: str, directory: Path, options: dict[str, Any]) -> Found:
     return load(group, device, directory, SMALL, options)
 
 
 def test_a_rank_without_the_model(ranks: Crew, tmp_path: Path) -> None:
     save_file({"a": torch.ones(99, 99)}, tmp_path / "model.safetensors")
     nowhere = tmp_path / "nowhere"
-    answers = ranks.do(2, load_from, {}, each=[(tmp_path,), (nowhere,)])
+    answers = ranks.do(2, load_as, each=[(tmp_path, {}), (nowhere, {})])
     one_fails(answers, 1, type(answers[1]), str(nowhere))
     check(ranks, 2, tmp_path)
 
@@ -319,7 +216,7 @@ def test_a_rank_with_a_damaged_model(ranks: Crew, tmp_path: Path) -> None:
         save_file({"a": torch.ones(99, 99)}, tmp_path / name / "model.safetensors")
     cut = tmp_path / "cut" / "model.safetensors"
     os.truncate(cut, cut.stat().st_size - 1)
-    answers = ranks.do(2, load_from, {}, each=[(tmp_path / "cut",), (tmp_path / "right",)])
+    answers = ranks.do(2, load_as, each=[(tmp_path / "cut", {}), (tmp_path / "right", {})])
     one_fails(answers, 0, IntegrityError, str(cut))
 
 
@@ -327,13 +224,9 @@ def test_ranks_with_different_models(ranks: Crew, tmp_path: Path) -> None:
     for name, shape in (("one", (9, 4)), ("two", (4, 9))):
         (tmp_path / name).mkdir()
         save_file({"a": torch.ones(*shape)}, tmp_path / name / "model.safetensors")
-    for error in ranks.do(2, load_from, {}, each=[(tmp_path / "one",), (tmp_path / "two",)]):
+    for error in ranks.do(2, load_as, each=[(tmp_path / "one", {}), (tmp_path / "two", {})]):
         assert isinstance(error, IntegrityError)
         assert "the files of rank 1 are not those of rank 0" in error.message
-
-
-def load_as(group: ProcessGroup, device: str, directory: Path, options: dict[str, Any]) -> Found:
-    return load(group, device, directory, SMALL, options)
 
 
 @pytest.mark.parametrize("options", [{"plan": {"a": 0}}, {"tensors": ["a"]}, {"dtype": "float16"}])
@@ -411,7 +304,7 @@ def leftovers(group: ProcessGroup, device: str, directory: Path) -> tuple[int, i
 
 def test_many_loads_leave_nothing(ranks: Crew, tmp_path: Path) -> None:
     write(tmp_path / "model.safetensors", [("F32", (300, 50)), ("BF16", (20, 333)), ("F32", (4000,))])
-    assert ranks.do(2, leftovers, tmp_path) == [(0, 0), (0, 0)]
+    assert max(map(max, ranks.do(2, leftovers, tmp_path))) <= 0
 
 
 def bring_or_die(group: ProcessGroup, device: str, directory: Path, hosts: str) -> None:
@@ -424,8 +317,8 @@ def bring_or_die(group: ProcessGroup, device: str, directory: Path, hosts: str) 
 def test_a_rank_that_is_killed_ends_the_others(tmp_path: Path) -> None:
     """They live on, so that nobody's connections close by themselves, and the group's timeout is no help."""
     write(tmp_path / "model.safetensors", [("F32", (300, 50)), ("BF16", (20, 333)), ("F32", (4000,))])
-    with crew(4, timeout=3600) as ranks:
-        for hosts in ("aabb", "aa"):
+    with crew(3, timeout=3600) as ranks:
+        for hosts in ("baa", "aa"):
             answers = ranks.do(len(hosts), bring_or_die, tmp_path, hosts)
             assert len(answers) == len(hosts) - 1
             for error in answers:
