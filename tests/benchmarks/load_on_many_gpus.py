@@ -176,9 +176,9 @@ def run(arguments: argparse.Namespace, way: str) -> dict[str, float] | str:
         ]
         outputs = []
         try:
-            outputs = [process.communicate(timeout=300) for process in processes]
+            outputs = [process.communicate(timeout=arguments.timeout) for process in processes]
         except subprocess.TimeoutExpired:
-            return "it had not ended after 300 s"
+            return f"it had not ended after {arguments.timeout} s"
         finally:
             for process in processes:
                 process.kill()
@@ -198,6 +198,7 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=16)
     parser.add_argument("--nproc", type=int, default=2)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--timeout", type=int, default=300, help="seconds for one run, start and comparison included")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--cache", default="warm", choices=("warm", "cold"))
     parser.add_argument("--way", action="append", choices=list(WAYS))
