@@ -7,6 +7,7 @@ import ctypes
 import errno
 import itertools
 import os
+import shutil
 import struct
 import subprocess
 import tempfile
@@ -55,11 +56,11 @@ MAKE = {
     "ntfs": ["mkfs.ntfs", "-q", "-F"],
 }
 SSHFS = """
-printf '#!/bin/sh\nexec /usr/lib/openssh/sftp-server\n' >"$0.ssh"
+printf '#!/bin/sh\nexec %s /usr/lib/openssh/sftp-server\n' >"$0.ssh"
 chmod +x "$0.ssh"
 sshfs -o ssh_command="$0.ssh" :"$0" "$1"
 """
-"""The server's half of sshfs without a host, a port or a key."""
+"""The server's half of sshfs without a host, a port or a key, run by a command."""
 
 MOUNT = {
     "ext4": ["mount", "-o", "loop"],
@@ -69,7 +70,10 @@ MOUNT = {
     "ntfs": ["ntfs-3g"],
     "bindfs": ["bindfs"],
     "overlay": ["sh", "-c", 'cd "$0" && mkdir l u w && mount -t overlay -o lowerdir=l,upperdir=u,workdir=w none "$1"'],
-    "sshfs": ["sh", "-c", SSHFS],
+    "sshfs": ["sh", "-c", SSHFS % ""],
+    # Servers whose clocks are wrong by hours.
+    "sshfs ahead": ["sh", "-c", SSHFS % "env FAKE_UTIME=1 faketime -f +3h"],
+    "sshfs behind": ["sh", "-c", SSHFS % "env FAKE_UTIME=1 faketime -f -3h"],
     # Without links either. What rclone has yet to write back cannot be read after its directory was renamed.
     "rclone": ["rclone", "mount", "--daemon", "--vfs-cache-mode=writes", "--vfs-write-back=1s", "--config=/dev/null"],
 }
@@ -78,7 +82,7 @@ MOUNT = {
 def run(*command: object) -> None:
     """Run a command, or skip the test where it cannot be."""
     try:
-        subprocess.run([*map(str, command)], check=True, capture_output=True, text=True, timeout=60)
+        subprocess.run([*map(str, command)], check=True, capture_output=True, text=True, timeout=600)
     except FileNotFoundError:
         pytest.skip(f"{command[0]} is not installed")
     except subprocess.CalledProcessError as error:
@@ -99,7 +103,7 @@ def mounted(kind: str, directory: Path, *, below: Path | None = None, image: Pat
     else:
         source.mkdir(exist_ok=True)
     run(*MOUNT[kind], source, directory)
-    models.wait_for(lambda: os.path.ismount(directory), 20)
+    models.wait_for(lambda: os.path.ismount(directory))
     try:
         yield directory
     finally:
@@ -109,7 +113,9 @@ def mounted(kind: str, directory: Path, *, below: Path | None = None, image: Pat
 @contextlib.contextmanager
 def in_memory() -> Iterator[Path]:
     """A directory in memory, where it can be: a killed process loses nothing there either, and no test waits for it."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as name:
+    memory = "/dev/shm"  # of 64 MiB in many a container
+    has_room = os.path.isdir(memory) and shutil.disk_usage(memory).free > 1 << 30
+    with tempfile.TemporaryDirectory(dir=memory if has_room else None) as name:
         yield Path(name)
 
 

@@ -15,19 +15,12 @@ import pytest
 
 from tests import models
 from tests.disk import MOUNT, fork, mounted, run, small_disk
+from tests.volumes.directory import problems, publish
 from weightctl.config import Config
 from weightctl.errors import WeightctlError
 from weightctl.progress import Progress, Task
 from weightctl.sources.directory import read_directory
-from weightctl.volumes import DirectoryVolume, Published, leases
-
-
-def publish(volume: Path, model: Path, name: str = "m") -> Published:
-    return DirectoryVolume(volume).publish(read_directory(model), name, config=Config(workers=2), progress=Progress())
-
-
-def problems(volume: Path, version: str = "latest") -> tuple[str, ...]:
-    return DirectoryVolume(volume).check("m", version, config=Config(), progress=Progress()).problems
+from weightctl.volumes import DirectoryVolume, leases
 
 
 @pytest.fixture
@@ -47,7 +40,7 @@ def test_a_volume_on(kind: str, model: Path, tmp_path: Path) -> None:
         there = DirectoryVolume(volume)
         assert there.resolve("m").name == second.version
         assert models.contents(second.path) == models.contents(model)
-        assert problems(volume, first.version) == problems(volume) == ()
+        assert problems(volume, version=first.version) == problems(volume) == ()
         with there.use("m", first.version):
             (old,) = [version for version in there.contents() if not version.latest]
             assert old.readers == (f"{os.uname().nodename}:{os.getpid()}",)
@@ -174,7 +167,7 @@ def test_two_hosts_push_one_model(two_mounts: tuple[Path, Path], tmp_path: Path)
     run("unshare", "--uts", "--pid", "--fork", "--mount-proc", "true")
     model = models.settle(models.write_model(tmp_path / "model", size=16 << 20))
     pushes = [push_from_host(host, model, mount) for host, mount in zip(("a", "b"), two_mounts, strict=True)]
-    results = [json.loads(push.communicate(timeout=60)[0]) for push in pushes]
+    results = [json.loads(push.communicate()[0]) for push in pushes]
     assert results[0]["version"] == results[1]["version"]
     assert sorted(result["copied_bytes"] for result in results) == [0, results[0]["bytes"]]
     assert problems(tmp_path / "shared") == ()
@@ -187,7 +180,7 @@ def test_two_hosts_push_two_models(two_mounts: tuple[Path, Path], tmp_path: Path
     pushes = [
         push_from_host(host, model, mount) for host, model, mount in zip(("a", "b"), both, two_mounts, strict=True)
     ]
-    results = [json.loads(push.communicate(timeout=60)[0]) for push in pushes]
+    results = [json.loads(push.communicate()[0]) for push in pushes]
     for model, result in zip(both, results, strict=True):
         assert models.contents(tmp_path / "shared" / "m" / result["version"]) == models.contents(model)
     assert os.readlink(tmp_path / "shared" / "m" / "latest") in [result["version"] for result in results]
@@ -213,3 +206,26 @@ def test_a_host_is_dead_when_it_is_silent(two_mounts: tuple[Path, Path]) -> None
     assert leases.owner_of(two / "x.lease") is None
     with leases.held(two / "x.lease", wait=False):
         pass
+
+
+@pytest.mark.parametrize("kind", ["sshfs ahead", "sshfs behind"])
+def test_a_server_whose_clock_is_wrong(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Silence is measured, and broken, by the server's own clock."""
+    monkeypatch.setattr(leases, "HEARTBEAT_SECONDS", 0.05)
+    below = tmp_path / "below"
+    with mounted(kind, tmp_path / "volume", below=below) as volume:
+        for name, silence in (("living", leases.SILENCE_SECONDS - 30), ("dead", leases.SILENCE_SECONDS + 1)):
+            owner = leases.Owner("elsewhere", 4711, "another kernel 7", True, "token")
+            (below / name).write_text(json.dumps(vars(owner)).ljust(leases.OWNER_BYTES))
+            then = time.time() - silence
+            os.utime(below / name, (then, then))
+        assert leases.owner_of(volume / "dead") is None
+        with leases.held(volume / "dead", wait=False):
+            pass
+        assert str(leases.owner_of(volume / "living")) == "elsewhere:4711"
+        with pytest.raises(BlockingIOError), leases.held(volume / "living", wait=False):
+            pass
+        with leases.held(volume / "x.lease"):
+            os.utime(below / "x.lease", (0, 0))
+            models.wait_for(lambda: abs(time.time() - (below / "x.lease").stat().st_mtime) < 60)
+        assert list(below.glob("*.clock")) == []

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import models
-from tests.disk import fork, lacking
+from tests.disk import fork, lacking, small_disk
 from weightctl.volumes import leases
 
 
@@ -59,6 +59,7 @@ def test_whoever_waits_is_told_once_and_gets_it(lease: Path) -> None:
     waiting = threading.Thread(target=wait)
     with leases.held(lease):
         waiting.start()
+        models.wait_for(lambda: told)
         time.sleep(3 * leases.POLL_SECONDS)
         assert told == [1]
     waiting.join()
@@ -90,7 +91,7 @@ def test_what_a_killed_process_held(lease: Path, without: tuple[str, ...]) -> No
 @pytest.mark.parametrize("locked", [True, False])
 def test_a_living_process_on_another_host_is_not_taken_for_dead(lease: Path, locked: bool) -> None:
     write(lease, locked=locked)
-    for silent in (0, leases.HEARTBEAT_SECONDS, leases.SILENCE_SECONDS - 2):
+    for silent in (0, leases.HEARTBEAT_SECONDS, leases.SILENCE_SECONDS / 2):
         age(lease, silent)
         assert str(leases.owner_of(lease)) == "elsewhere:4711"
         assert not can_be_had(lease)
@@ -116,7 +117,10 @@ def test_another_mount_on_this_machine_is_another_host(lease: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"host": 1}', "\0" * 512])
-def test_a_lease_without_a_name_is_left_to_its_owner_for_a_moment(lease: Path, content: str) -> None:
+def test_a_lease_without_a_name_is_left_to_its_owner_for_a_moment(
+    lease: Path, content: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "NAMELESS_SECONDS", 300)
     lease.write_text(content)
     assert str(leases.owner_of(lease)) == "?:0"
     assert not can_be_had(lease)
@@ -160,3 +164,47 @@ def test_a_holder_beats(lease: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         models.wait_for(lambda: time.time() - lease.stat().st_mtime < 500)
         assert not can_be_had(lease)
         assert leases.owner_of(lease)
+
+
+def test_whoever_was_taken_for_dead_leaves_the_lease_to_its_new_owner(lease: Path) -> None:
+    """As a host that was suspended for longer than its silence is borne."""
+    with leases.held(lease):
+        write(lease, host="another")
+    assert str(leases.owner_of(lease)) == "another:4711"
+    assert not can_be_had(lease)
+
+
+def test_whoever_looks_does_not_keep_a_new_owner_out(lease: Path) -> None:
+    """To look is to take the lock for a moment."""
+
+    def look() -> None:
+        while True:
+            leases.owner_of(lease)
+
+    watchers = [fork(look) for _ in range(2)]
+    try:
+        assert all(can_be_had(lease) for _ in range(300))
+    finally:
+        for watcher in watchers:
+            os.kill(watcher, signal.SIGKILL)
+            os.waitpid(watcher, 0)
+
+
+def test_a_link_in_the_place_of_a_lease_is_not_followed(lease: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious")
+    age(tmp_path / "precious", 1000)
+    lease.symlink_to(tmp_path / "precious")
+    for ask in (leases.owner_of, can_be_had):
+        with pytest.raises(OSError, match="symbolic link"):
+            ask(lease)
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_the_lock_alone_holds_a_lease_that_has_no_room(tmp_path: Path) -> None:
+    """Whoever makes room on a full disk has to hold one."""
+    with small_disk(tmp_path / "disk", 64 << 10) as disk:
+        with pytest.raises(OSError, match="No space"):
+            (disk / "all of it").write_bytes(bytes(128 << 10))
+        with leases.held(disk / "x.lease"):
+            assert not can_be_had(disk / "x.lease")
+        assert [path.name for path in disk.iterdir()] == ["all of it"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -36,6 +37,9 @@ POLL_SECONDS = 0.1
 OWNER_BYTES = 512
 """A lease's length: its owner, and spaces."""
 
+_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
+"""A link in the place of a lease would have us write to what it leads to."""
+
 
 @dataclass(frozen=True)
 class Owner:
@@ -62,12 +66,13 @@ def held(path: Path, *, wait: bool = True, on_wait: Callable[[], object] = lambd
     filesystems that have none, a heartbeat does. `on_wait` is called once if another holds it. Raises BlockingIOError
     if another holds it and we are not to wait.
     """
-    while (descriptor := _acquire(path)) is None:
+    while (acquired := _acquire(path)) is None:
         if not wait:
             raise BlockingIOError(f"{path} is held")
         on_wait()
         on_wait = lambda: None  # noqa: E731
         time.sleep(POLL_SECONDS)
+    descriptor, owner = acquired
     over = threading.Event()
     beating = threading.Thread(target=_beat, args=(descriptor, over), daemon=True)
     beating.start()
@@ -77,7 +82,7 @@ def held(path: Path, *, wait: bool = True, on_wait: Callable[[], object] = lambd
         over.set()
         beating.join()
         with contextlib.suppress(OSError):
-            if _is_at(descriptor, path):
+            if _is_at(descriptor, path) and _read(descriptor) in (owner, None):  # else we were taken for dead
                 path.unlink()
         os.close(descriptor)
 
@@ -85,7 +90,7 @@ def held(path: Path, *, wait: bool = True, on_wait: Callable[[], object] = lambd
 def owner_of(path: Path) -> Owner | None:
     """Who holds the lease; None if nobody living does. Raises OSError if that cannot be found out."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | _FLAGS)
     except FileNotFoundError:
         return None
     try:
@@ -101,29 +106,29 @@ def owner_of(path: Path) -> Owner | None:
         os.close(descriptor)
 
 
-def _acquire(path: Path) -> int | None:
-    """The descriptor of the lease, now ours; None while another has it."""
+def _acquire(path: Path) -> tuple[int, Owner] | None:
+    """The descriptor of the lease, now ours, and what we wrote into it; None while another has it."""
     try:
-        descriptor, new = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_CREAT | os.O_EXCL, 0o666), True
+        descriptor, new = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _FLAGS, 0o666), True
     except FileExistsError:
         try:
-            descriptor, new = os.open(path, os.O_RDWR | os.O_CLOEXEC), False
+            descriptor, new = os.open(path, os.O_RDWR | _FLAGS), False
         except FileNotFoundError:
             return None  # its owner has just let go
     try:
-        locks = _lock(descriptor)
+        locks = _lock(descriptor, wait=new)
         free = locks is not False and _is_at(descriptor, path) and (new or _is_dead(descriptor, path, locks=locks))
         if free:
             contested = not new and _may_look_dead(descriptor)
             owner = Owner(
                 socket.gethostname(), os.getpid(), _mount(descriptor), _keeps_others_out(path), secrets.token_hex(8)
             )
-            os.pwrite(descriptor, json.dumps(vars(owner)).encode().ljust(OWNER_BYTES), 0)
+            _write(descriptor, owner)
             if contested:
                 time.sleep(SETTLE_SECONDS)
                 free = _is_at(descriptor, path) and _read(descriptor) == owner
-        if free:
-            return descriptor
+            if free:
+                return descriptor, owner
     except BaseException:
         if new:  # nobody need wait for a name that does not come
             with contextlib.suppress(OSError):
@@ -134,10 +139,13 @@ def _acquire(path: Path) -> int | None:
     return None
 
 
-def _lock(descriptor: int) -> bool | None:
-    """True: locked. False: another has the lock. None: there are no locks here."""
+def _lock(descriptor: int, *, wait: bool) -> bool | None:
+    """True: locked. False: another has the lock. None: there are no locks here.
+
+    We wait for that of a new lease: whoever has it only looks whether it is held, for a moment.
+    """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError:
@@ -176,24 +184,40 @@ def _is_dead(descriptor: int, path: Path, *, locks: bool | None = True) -> bool:
 
 def _is_silent(descriptor: int, path: Path, seconds: float = SILENCE_SECONDS) -> bool:
     beat = os.fstat(descriptor).st_mtime
-    return time.time() - beat > seconds / 2 and _now(path.parent) - beat > seconds
+    return not _is_fresh(beat, seconds) and _now(path.parent) - beat > seconds
+
+
+def _is_fresh(beat: float, seconds: float) -> bool:
+    """Whether this host's clock is enough to say that a heartbeat is no older."""
+    return abs(time.time() - beat) < seconds / 2
 
 
 def _may_look_dead(descriptor: int) -> bool:
     """Whether some other host may be taking the lease over at this very moment."""
-    return _read(descriptor) is None or time.time() - os.fstat(descriptor).st_mtime > SILENCE_SECONDS / 2
+    return _read(descriptor) is None or not _is_fresh(os.fstat(descriptor).st_mtime, SILENCE_SECONDS)
 
 
 def _now(directory: Path) -> float:
     """The time by the volume's own clock, which set the heartbeats; by ours where nothing can be written."""
     probe = directory / f"{secrets.token_hex(8)}.clock"
     try:
-        probe.touch()
-        now = probe.stat().st_mtime
-        probe.unlink()
+        descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FLAGS)
+        try:
+            return os.fstat(descriptor).st_mtime
+        finally:
+            os.close(descriptor)
+            probe.unlink(missing_ok=True)  # a sweep may have had it
     except OSError:
         return time.time()
-    return now
+
+
+def _write(descriptor: int, owner: Owner) -> None:
+    try:
+        os.pwrite(descriptor, json.dumps(vars(owner)).encode().ljust(OWNER_BYTES), 0)
+    except OSError as error:
+        # A prune has to make room on a full disk: there its lock alone holds the lease.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not owner.locked:
+            raise
 
 
 def _read(descriptor: int) -> Owner | None:
