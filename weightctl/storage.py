@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
+from weightctl import units
 from weightctl.errors import IntegrityError, WeightctlError, translated_os_errors
 from weightctl.progress import Task
 
@@ -306,6 +307,6 @@ def check_space(directory: Path, needed: int) -> None:
         free = shutil.disk_usage(existing).free
     if free < needed:
         raise WeightctlError(
-            f"not enough room in {directory}: {needed} bytes are needed, {free} are free",
+            f"not enough room in {directory}: {units.size(needed)} are needed, {units.size(free)} are free",
             "free some space there, or choose another destination",
         )

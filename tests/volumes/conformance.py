@@ -98,7 +98,7 @@ class VolumeConformance(ABC):
     def test_an_unknown_name_lists_the_known(self, volume: Volume, model: Path) -> None:
         self.publish(volume, model, "org/one")
         self.publish(volume, model, "two")
-        with pytest.raises(UsageError, match="has no version 'latest' of 'three'") as caught:
+        with pytest.raises(UsageError, match="has no model 'three'") as caught:
             volume.resolve("three")
         assert caught.value.hint == "names here: org/one, two"
 

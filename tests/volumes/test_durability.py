@@ -21,12 +21,12 @@ import pytest
 
 from tests import models
 from tests.disk import fork, in_memory, small_disk
+from tests.volumes.directory import publish
 from weightctl import storage
 from weightctl.config import Config
 from weightctl.errors import WeightctlError
 from weightctl.progress import Progress
-from weightctl.sources.directory import read_directory
-from weightctl.volumes import DirectoryVolume, Published, leases
+from weightctl.volumes import DirectoryVolume, leases
 
 STEPS = ("open", "mkdir", "pwrite", "fsync", "rename", "symlink", "link", "unlink", "rmdir", "utime", "ftruncate")
 """The functions of `os` by which a push changes a volume."""
@@ -38,10 +38,6 @@ def volume(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.setenv("XDG_CACHE_HOME", str(memory / "cache"))
         (memory / "volume").mkdir()
         yield memory / "volume"
-
-
-def publish(volume: Path, model: Path) -> Published:
-    return DirectoryVolume(volume).publish(read_directory(model), "m", config=Config(workers=2), progress=Progress())
 
 
 def two_models(directory: Path) -> list[Path]:
@@ -288,12 +284,14 @@ READER = """
 import hashlib, json, os, pathlib, sys, time
 latest, looks = pathlib.Path(sys.argv[1]) / "m" / "latest", 0
 while not (latest.parent.parent / "stop").exists():
+    path = latest.parent / os.readlink(latest)
     try:
-        path = latest.parent / os.readlink(latest)
+        index = json.loads((path / "index.json").read_bytes())
+        found = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in index}
     except FileNotFoundError:
+        assert os.readlink(latest) != path.name, path  # pruned meanwhile
         continue
-    index = json.loads((path / "index.json").read_bytes())
-    assert {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in index} == index, path
+    assert found == index, path
     looks += 1
     time.sleep(0.005)
 print(looks)
@@ -340,11 +338,11 @@ def test_two_hundred_kills(volume: Path, tmp_path: Path, monkeypatch: pytest.Mon
         assert not list((volume / ".weightctl" / "staging").iterdir())
         if killed == 200:
             break
-        if not number % 20:  # a reader takes far less time than twenty pushes
+        if not number % 20:
             DirectoryVolume(volume).prune(keep=20, progress=Progress())
     (volume / "stop").touch()
-    looks = [int(reader.communicate(timeout=60)[0]) for reader in readers]
+    looks = [int(reader.communicate()[0]) for reader in readers]
     assert [reader.returncode for reader in readers] == [0, 0]
-    assert min(looks) > 100
+    assert min(looks) > 10
     for version in DirectoryVolume(volume).versions("m")[::20]:
         assert DirectoryVolume(volume).check("m", version, config=Config(), progress=Progress()).problems == ()

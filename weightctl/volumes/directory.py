@@ -11,14 +11,14 @@ from pathlib import Path
 from weightctl.config import Config, expanded
 from weightctl.digests import Check, check_against
 from weightctl.errors import IntegrityError, UsageError, translated_os_errors
-from weightctl.model import Snapshot, check_name
+from weightctl.model import Reference, Snapshot, check_name
 from weightctl.progress import Progress
 from weightctl.volumes.base import Pruned, Published, Version, Volume, volumes
 from weightctl.volumes.gathering import seed
-from weightctl.volumes.manifests import has_size
+from weightctl.volumes.manifests import VERSION, has_size
 from weightctl.volumes.mount import Mount, flat
 from weightctl.volumes.pruning import prune
-from weightctl.volumes.publishing import VERSION, Push, place, with_remembered_digests
+from weightctl.volumes.publishing import Push, place, with_remembered_digests
 
 
 @volumes.register("directory")
@@ -74,9 +74,9 @@ class DirectoryVolume(Volume):
 
     def resolve(self, name: str, version: str = "latest") -> Path:
         """See `Volume.resolve`."""
-        if version == "latest" and (pinned := self._latest.get(name)) and pinned.is_dir():
-            return pinned
         with translated_os_errors(f"read the volume {self.path}"):
+            if version == "latest" and (pinned := self._latest.get(name)) and pinned.is_dir():
+                return pinned
             path = self._find(_check_name(name), version)
         if version == "latest":
             self._latest[name] = path
@@ -89,7 +89,10 @@ class DirectoryVolume(Volume):
             raise IntegrityError(f"{parent / 'latest'} names no version", "push the model again to mend it")
         if found is None or not VERSION.fullmatch(found) or not (parent / found).is_dir():
             known = self.versions(name)
-            hint = f"versions: {', '.join(known)}" if known else f"names here: {', '.join(self.names()) or 'none'}"
+            if not known:
+                hint = f"names here: {', '.join(self.names()) or 'none'}"
+                raise UsageError(f"the volume {self.path} has no model {name!r}", hint)
+            hint = f"versions: {', '.join(known)}"
             raise UsageError(f"the volume {self.path} has no version {version!r} of {name!r}", hint)
         return parent.resolve() / found
 
@@ -109,7 +112,10 @@ class DirectoryVolume(Volume):
     def use(self, name: str, version: str = "latest") -> Iterator[Path]:
         """See `Volume.use`."""
         with contextlib.ExitStack() as mark:
-            with translated_os_errors(f"mark a version as in use on the volume {self.path}"), self._mount.naming(name):
+            with (
+                translated_os_errors(f"mark a version as in use on the volume {self.path}"),
+                self._mount.naming(_check_name(name)),
+            ):
                 found = self.resolve(name, version)
                 mark.enter_context(self._mount.mark(name, found.name))
                 self.resolve(name, found.name)  # where locks do not hold, a pruning may have come between
@@ -125,9 +131,13 @@ class DirectoryVolume(Volume):
         path = self.resolve(name, version)
         expected = [entry.file for entry in self._mount.manifests.read(name, path.name)]
         found = check_against(expected, config.workers, progress)
-        published = {file.path for file in expected}
-        here = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_symlink() or not file.is_dir()]
-        strays = [f"{file} was not published with this version" for file in sorted(here) if file not in published]
+        published = {path / file.path for file in expected}
+        with translated_os_errors(f"read the volume {self.path}"):
+            strays = [
+                f"{file.relative_to(path).as_posix()} was not published with this version"
+                for file in sorted(path.rglob("*"))
+                if file.is_symlink() or (file not in published and not file.is_dir())
+            ]
         return dataclasses.replace(found, problems=(*found.problems, *strays))
 
     def prune(
@@ -142,6 +152,27 @@ class DirectoryVolume(Volume):
         """See `Volume.prune`."""
         with translated_os_errors(f"prune the volume {self.path}"):
             return prune(self._mount, name, keep, older_than, dry_run, progress)
+
+
+def version_at(path: Path) -> Reference | None:
+    """The version of a model that the directory `path` is, if it is one in a volume.
+
+    Raises UsageError, saying what to write, if it is the volume itself or holds the versions of a model.
+    """
+    with contextlib.suppress(OSError):
+        real = path.resolve() if path.is_dir() else Path("/")
+        for root in (real, *real.parents):
+            manifests = root / ".weightctl" / "manifests"
+            if manifests.is_dir():
+                inside = real.relative_to(root)
+                if (manifests / f"{inside}.json").is_file():
+                    return Reference("volume", str(root), inside.parent.as_posix(), inside.name)
+                if (manifests / inside).is_dir():
+                    names = ", ".join(DirectoryVolume(root).names())
+                    hint = f"write volume:{root}#NAME[@VERSION]; names here: {names}"
+                    raise UsageError(f"{path} is part of a volume, not a version of a model", hint)
+                break
+    return None
 
 
 def _check_name(name: str) -> str:

@@ -33,7 +33,8 @@ def gather(
     linked, near, far = _link_known(
         [file for file in files if file not in here], offers, staging, verify, config, progress
     )
-    storage.check_space(staging, sum(max(0, file.size - _allocated(staging / file.path)) for file in (*near, *far)))
+    missing = sum(max(0, file.size - _allocated(staging / file.path)) for file in (*near, *far))
+    storage.check_space(manifests.volume, missing)
     with progress.task("pushing", sum(file.size for file in files)) as task:
         task.advance(sum(file.size for file in (*here, *linked)))
         try:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,11 @@ from pathlib import Path
 from weightctl import storage
 from weightctl.errors import IntegrityError, WeightctlError, translated_os_errors
 from weightctl.model import File, check_path
+
+VERSION_DIGITS = 16
+"""A version is so many hex digits of its snapshot's digest: equal models have equal versions everywhere."""
+
+VERSION = re.compile(f"[0-9a-f]{{{VERSION_DIGITS}}}")
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Manifests:
     """One JSON file a version, below `root`; the versions themselves lie below `volume`."""
 
     def __init__(self, root: Path, volume: Path) -> None:
-        self._root, self._volume = root, volume
+        self._root, self.volume = root, volume
 
     def path(self, name: str, version: str) -> Path:
         """Where the manifest of a version is."""
@@ -65,17 +71,22 @@ class Manifests:
                 for file in files
                 if file.endswith(".json")
             )
-            return [(name, version) for name, version in found if (self._volume / name / version).is_dir()]
+            return [
+                (name, version)
+                for name, version in found
+                if VERSION.fullmatch(version) and (self.volume / name / version).is_dir()
+            ]
 
     def read(self, name: str, version: str) -> tuple[PublishedFile, ...]:
         """The files of a version, each with its SHA-256. Raises IntegrityError if its manifest is none."""
-        manifest, directory = self.path(name, version), self._volume / name / version
+        manifest, directory = self.path(name, version), self.volume / name / version
         with translated_os_errors(f"read {manifest}"):
-            if not manifest.exists():
+            try:
+                content = manifest.read_bytes()
+            except FileNotFoundError:
                 raise WeightctlError(
                     f"nobody knows what {directory} should hold: {manifest} is missing", "push the model again"
-                )
-            content = manifest.read_bytes()
+                ) from None
         try:
             return tuple(
                 PublishedFile(

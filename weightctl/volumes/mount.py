@@ -6,11 +6,12 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from weightctl import storage
-from weightctl.errors import UsageError, WeightctlError, translated_os_errors
+from weightctl.errors import IntegrityError, UsageError, WeightctlError, translated_os_errors
 from weightctl.volumes import leases
 from weightctl.volumes.base import Version
 from weightctl.volumes.manifests import Manifests
@@ -35,13 +36,19 @@ class Mount:
         self.manifests = Manifests(self._control / "manifests", self.path)
 
     def check(self) -> None:
-        """Raise WeightctlError if the volume was unmounted since: below its path there is now another filesystem."""
+        """Raise WeightctlError if the volume was unmounted since, or links lead out of what weightctl keeps there."""
         if not os.path.samestat(self._mounted, self.path.stat()):
             raise WeightctlError(f"the volume {self.path} is no longer mounted there", "mount it, then push again")
+        for place in (self._control, *self._control.glob("*")):
+            if place.is_symlink():
+                raise IntegrityError(f"{place} is a link, which weightctl did not make", "remove it, then try again")
 
-    def check_latest(self, name: str) -> None:
-        """Raise WeightctlError if somebody made a directory where the link to the latest version belongs."""
-        latest = self.path / name / "latest"
+    def check_place(self, name: str) -> None:
+        """Raise WeightctlError if something else is where a model's versions belong, or the link to the latest one."""
+        place = self.path / name
+        if not place.resolve().is_relative_to(self.path.resolve()):
+            raise IntegrityError(f"{place} is a link that leaves the volume", "remove it, then try again")
+        latest = place / "latest"
         if latest.is_dir() and not latest.is_symlink():
             raise WeightctlError(
                 f"{latest} is a directory, where the link to the latest version belongs",
@@ -69,8 +76,6 @@ class Mount:
     def point_latest(self, version: Path, scratch: Path) -> None:
         """Let `latest` say `version`, in one step; `scratch` is on the volume too."""
         latest = version.parent / "latest"
-        if self.latest(version.parent.relative_to(self.path).as_posix()) == version.name:
-            return
         new = scratch / "latest"
         new.unlink(missing_ok=True)
         try:
@@ -95,6 +100,17 @@ class Mount:
         """HOST:PID of every process that has marked a version."""
         marks = sorted(self._marks(name, version).glob(f"*{leases.SUFFIX}"))
         return tuple(str(owner) for mark in marks if (owner := leases.owner_of(mark)))
+
+    def sweep_marks(self) -> None:
+        """Remove the marks of processes that died."""
+        for mark in (self._control / "readers").glob(f"*/*{leases.SUFFIX}"):
+            if leases.owner_of(mark) is None:
+                mark.unlink(missing_ok=True)
+
+    def forget(self, name: str, version: str) -> None:
+        """Remove what is kept here of a version that is gone."""
+        self.manifests.path(name, version).unlink(missing_ok=True)
+        shutil.rmtree(self._marks(name, version), ignore_errors=True)
 
     def _marks(self, name: str, version: str) -> Path:
         return self._control / "readers" / f"{flat(name)}@{version}"

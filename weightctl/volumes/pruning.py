@@ -21,14 +21,16 @@ def prune(
     mount: Mount, name: str | None, keep: int | None, older_than: float | None, dry_run: bool, progress: Progress
 ) -> Pruned:
     """See `Volume.prune`. A version leaves its place by one rename before its files go."""
+    mount.check()
     asked = keep is not None or older_than is not None
     old = _beyond(mount, name, keep or 1, older_than or 0) if asked else []
     leftovers = mount.staging.sweep((f"{flat(name)}@" if name else "", PRUNING), dry_run=dry_run)
+    if not dry_run:
+        mount.sweep_marks()
     doomed = [version for version in old if not version.readers]
     if doomed and not dry_run:
         tell = "another process is pruning the volume: waiting for it"
         with mount.staging.work(PRUNING, lambda: progress.note(tell)) as trash:
-            mount.check()
             discarded = {version: place for version in doomed if (place := _discard(mount, version, trash))}
             doomed = list(discarded)
             freed = _bytes_only_in(list(discarded.values()))
@@ -54,6 +56,8 @@ def _discard(mount: Mount, version: Version, trash: Path) -> Path | None:
     """Move a version out of sight, unless it became the latest, got a reader or is gone since it was listed."""
     place = trash / f"{flat(version.name)}@{version.version}"
     with mount.naming(version.name):
+        mount.check()
+        mount.check_place(version.name)
         if mount.latest(version.name) == version.version or mount.readers(version.name, version.version):
             return None
         if not version.path.is_dir():  # another process has just pruned it
@@ -62,7 +66,7 @@ def _discard(mount: Mount, version: Version, trash: Path) -> Path | None:
         if mount.readers(version.name, version.version):  # only where locks do not hold
             storage.rename(place, version.path)
             return None
-        mount.manifests.path(version.name, version.version).unlink(missing_ok=True)
+        mount.forget(version.name, version.version)
     return place
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import hashlib
 import json
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,22 +14,18 @@ from pathlib import Path
 from weightctl import storage
 from weightctl.config import Config
 from weightctl.digests import DigestCache, Identity, check_files, hash_files
-from weightctl.errors import WeightctlError, translated_os_errors
+from weightctl.errors import IntegrityError, WeightctlError, translated_os_errors
 from weightctl.model import File, Snapshot
 from weightctl.progress import Progress
 from weightctl.volumes.base import Published
 from weightctl.volumes.gathering import gather
-from weightctl.volumes.manifests import PublishedFile, has_size
+from weightctl.volumes.manifests import VERSION_DIGITS, PublishedFile, has_size
 from weightctl.volumes.mount import Mount, flat
 from weightctl.volumes.pruning import PRUNING
-
-VERSION_DIGITS = 16
-"""A version is so many hex digits of its snapshot's digest: equal models have equal versions everywhere."""
+from weightctl.volumes.staging import links_in
 
 STORING_SECONDS = 600.0
 """How long a mount may take to store what it took, before `latest` moves."""
-
-VERSION = re.compile(f"[0-9a-f]{{{VERSION_DIGITS}}}")
 
 
 @dataclass(frozen=True)
@@ -49,7 +44,7 @@ class Push:
         """See `Volume.publish`. What a push that died has copied is taken up again if it still equals the source."""
         mount, flat_name = self.mount, flat(self.name)
         mount.check()
-        mount.check_latest(self.name)
+        mount.check_place(self.name)
         with mount.staging.work(f"{flat_name}@{_key(snapshot)}", self._tell) as work:
             snapshot = self._identified(snapshot)
             mount.staging.sweep((f"{flat_name}@", PRUNING))
@@ -62,19 +57,23 @@ class Push:
                 staged, copied = gather(
                     missing, staging, mount.manifests, verify=self.verify, config=self.config, progress=self.progress
                 )
-                new = {file.path: file for file in staged}
-                whole = snapshot.replace_files([new.get(file.path, file) for file in snapshot.files])
+                hashed = {file.path: file.sha256 for file in staged}
+                snapshot = snapshot.replace_files(
+                    [dataclasses.replace(file, sha256=hashed.get(file.path, file.sha256)) for file in snapshot.files]
+                )
+                path = _path(mount, snapshot, self.name)
                 with mount.naming(self.name):
                     mount.check()
-                    if there is None:
-                        path = self._place(whole, staging, work)
-                    elif there.is_dir():
-                        path = self._mend(whole, there, staged, staging, work)
-                    else:  # it was pruned meanwhile
-                        continue
+                    if path.is_dir() != (there is not None):
+                        continue  # it was pruned meanwhile, or is one that nobody knew by its hashes
+                    if there:
+                        self._mend(snapshot, there, staged, staging, work)
+                    else:
+                        self._place(snapshot, path, staging, work)
                     mount.manifests.path(self.name, path.name).touch()
-                    self._wait_until_readable(whole, path)
-                    mount.point_latest(path, work)
+                    if mount.latest(self.name) != path.name:
+                        self._wait_until_readable(snapshot, path)
+                        mount.point_latest(path, work)
                     return Published(path.name, path, copied, snapshot.bytes - copied)
 
     def _tell(self) -> None:
@@ -109,24 +108,22 @@ class Push:
         sound = proven | {file.path for file in unproven} - {file.path for file in bad}
         return [file for file in snapshot.files if file.path not in sound]
 
-    def _place(self, snapshot: Snapshot, staging: Path, scratch: Path) -> Path:
-        """Publish what is staged, unless somebody else had this version first."""
-        path = self.mount.path / self.name / snapshot.digest[:VERSION_DIGITS]
-        if not path.is_dir():
-            self.mount.manifests.write(self.name, path.name, snapshot.files, staging, scratch)
-            storage.make_directories(path.parent, 0o755)
-            storage.rename(staging, path)
-        return path
+    def _place(self, snapshot: Snapshot, path: Path, staging: Path, scratch: Path) -> None:
+        """Publish what is staged as a new version."""
+        self.mount.manifests.write(self.name, path.name, snapshot.files, staging, scratch)
+        storage.make_directories(path.parent, 0o755)
+        storage.rename(staging, path)
 
-    def _mend(self, snapshot: Snapshot, there: Path, staged: Sequence[File], staging: Path, scratch: Path) -> Path:
+    def _mend(self, snapshot: Snapshot, there: Path, staged: Sequence[File], staging: Path, scratch: Path) -> None:
         """Put what is staged into a version that is there but damaged."""
+        if staged and (links := links_in(there)):
+            raise IntegrityError(f"{links[0]} is a link, which no version holds", "remove it, then push again")
         for file in staged:
             storage.make_directories((there / file.path).parent, 0o755)
             storage.rename(staging / file.path, there / file.path)
         published = self._published(there)
         if staged or not published or not all(entry.is_proven for entry in published):
             self.mount.manifests.write(self.name, there.name, snapshot.files, there, scratch)
-        return there
 
     def _wait_until_readable(self, snapshot: Snapshot, path: Path) -> None:
         """`rclone mount` cannot read what it has yet to store, once its directory was renamed."""
@@ -168,6 +165,10 @@ def place(mount: Mount, snapshot: Snapshot, name: str) -> Path | None:
     """Where the snapshot belongs, if all its hashes are known."""
     if any(file.sha256 is None for file in snapshot.files):
         return None
+    return _path(mount, snapshot, name)
+
+
+def _path(mount: Mount, snapshot: Snapshot, name: str) -> Path:
     return mount.path / name / snapshot.digest[:VERSION_DIGITS]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +29,8 @@ class Staging:
         storage.make_directories(self._root, 0o755)
         directory = self._root / key
         with leases.held(self._lease(key), on_wait=on_wait):
+            for link in links_in(directory):
+                link.unlink()
             directory.mkdir(exist_ok=True)
             try:
                 yield directory
@@ -56,6 +59,14 @@ class Staging:
         return self._root / f"{key}{leases.SUFFIX}"
 
 
+def links_in(directory: Path) -> list[Path]:
+    """Links to directories, which we never make: through one, what is written here would land elsewhere."""
+    if directory.is_symlink():
+        return [directory]
+    found = (Path(parent, name) for parent, names, _ in os.walk(directory) for name in names)
+    return [path for path in found if path.is_symlink()]
+
+
 def _remove(directory: Path) -> bool:
     """Remove work that is over; whether nothing is left of it.
 
@@ -63,8 +74,11 @@ def _remove(directory: Path) -> bool:
     """
     shutil.rmtree(directory, ignore_errors=True)
     try:
-        shutil.rmtree(directory)
-    except (FileNotFoundError, NotADirectoryError):
+        if directory.is_symlink() or directory.is_file():
+            directory.unlink()
+        else:
+            shutil.rmtree(directory)
+    except FileNotFoundError:
         return True
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EBUSY):
