@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.disk import as_ordinary_user, open_to_all
 from tests.hub_server import git_blob_id
 from weightctl.config import Config
 from weightctl.errors import IntegrityError, UsageError, WeightctlError
@@ -177,6 +178,19 @@ def test_links_to_nothing_are_refused(model: Path, target: str) -> None:
     (model / "link").symlink_to(target)
     with pytest.raises(IntegrityError, match="link to nothing"):
         listed(model)
+
+
+def test_a_link_that_may_not_be_followed_is_not_taken_for_one_to_nothing(model: Path) -> None:
+    (model / "inside").mkdir()
+    (model / "a link").symlink_to("inside/file")
+    open_to_all(model)
+    (model / "inside").chmod(0o700)
+
+    def read() -> None:
+        with pytest.raises(WeightctlError, match=r"Permission denied \(.*inside/file\)"):
+            listed(model)
+
+    as_ordinary_user(read)
 
 
 def test_cycles_are_refused(model: Path) -> None:

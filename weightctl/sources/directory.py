@@ -138,7 +138,9 @@ def _walk(directory: Path, prefix: str, inside: Sequence[Path], above: tuple[Pat
 def _resolve(link: Path, inside: Sequence[Path]) -> Path:
     try:
         target = link.resolve(strict=True)
-    except (FileNotFoundError, RuntimeError, OSError) as error:
+    except PermissionError:
+        raise
+    except (OSError, RuntimeError) as error:
         raise IntegrityError(f"{link} is a link to nothing", "pull the model again, or remove the link") from error
     if not any(target.is_relative_to(directory) for directory in inside):
         raise IntegrityError(f"{link} is a link that leaves the model: it points to {target}")
