@@ -37,15 +37,16 @@ def versions(volume: Path, tmp_path: Path) -> list[str]:
 def test_volumes_lists_what_is_there(volume: Path, versions: list[str]) -> None:
     with Volume(volume).use("m", versions[0]):
         done = weightctl("volumes", volume, "--json")
-        rows = weightctl("volumes", volume, COLUMNS="200").stdout.splitlines()
+        rows = weightctl("volumes", volume, COLUMNS="40").stdout.splitlines()
     assert [row["version"] for row in done.result["versions"]] == versions[::-1]
     assert [row["latest"] for row in done.result["versions"]] == [True, False, False]
     assert [row["readers"] for row in done.result["versions"]] == [[], [], [f"{os.uname().nodename}:{os.getpid()}"]]
     assert {(row["name"], row["files"], row["bytes"]) for row in done.result["versions"]} == {("m", 8, 3_000_247)}
     assert done.result["bytes"] == 3 * 3_000_247
-    assert len(rows) == 4
-    assert versions[2] in rows[1]
-    assert "latest" in rows[1]
+    assert rows[0] == "m"
+    assert [row.split()[0] for row in rows[1:]] == versions[::-1]  # no row is folded
+    assert ["latest" in row for row in rows] == [False, True, False, False]
+    assert rows[3].endswith(f"read by {os.uname().nodename}:{os.getpid()}")
 
 
 def test_an_empty_volume(volume: Path) -> None:
