@@ -200,7 +200,7 @@ class Hub:
         found: dict[str, int] = {}
         with self._lock:
             # A client may have its answer before the request counts as over here.
-            self._lock.wait_for(lambda: not self._running, timeout=10)
+            assert self._lock.wait_for(lambda: not self._running, timeout=300)
             for request in self.requests:
                 if request.path is not None:
                     found[request.path] = found.get(request.path, 0) + request.sent
@@ -233,11 +233,13 @@ class Hub:
             self._running -= 1
             self._lock.notify_all()
         self.stalled.set()
-        while not self.go_on.wait(0.02) and not self._closing.is_set():
-            readable, _, _ = select.select([connection], [], [], 0)
-            if readable and not connection.recv(1, socket.MSG_PEEK):
-                break
-        self.begin()
+        try:
+            while not self.go_on.wait(0.02) and not self._closing.is_set():
+                readable, _, _ = select.select([connection], [], [], 0)
+                if readable and not connection.recv(1, socket.MSG_PEEK):
+                    break
+        finally:  # a client that was killed resets the connection
+            self.begin()
 
 
 class _Server(ThreadingHTTPServer):

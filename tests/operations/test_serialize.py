@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import weightctl
 from tests import tiny_models as models
-from tests.command import start
+from tests.command import start_halting
 from tests.command import weightctl as command
 from tests.disk import as_ordinary_user, open_to_all, read_only_directory, small_disk
 from weightctl.config import Config
@@ -268,15 +267,16 @@ def test_a_read_only_directory(tmp_path: Path) -> None:
         assert names_in(directory) == []
 
 
+WRITING = "weightctl.loaders.tensorizer._reserve_index"
+"""What is called once the output has been begun."""
+
+
 def test_a_killed_run_leaves_no_file_and_the_next_cleans_up(tmp_path: Path) -> None:
-    model = small_model(tmp_path / "model", 50 << 20)
+    model = small_model(tmp_path / "model", 1 << 20)
     output = tmp_path / "out" / "model.tensors"
-    process = start("serialize", model, "--output", output)
+    process = start_halting(signal.SIGSTOP, WRITING, 1, "serialize", model, "--output", output)
     staging = output.parent / ".model.tensors.weightctl-tmp"
-    until = time.monotonic() + 60
-    while not any(staging.glob("*")) and time.monotonic() < until:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGSTOP)  # so that it does not end meanwhile
+    assert list(staging.iterdir())
     with pytest.raises(WeightctlError, match="another process is writing"):
         serialize(model, output)
     process.send_signal(signal.SIGKILL)
@@ -288,14 +288,11 @@ def test_a_killed_run_leaves_no_file_and_the_next_cleans_up(tmp_path: Path) -> N
 
 
 def test_an_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
-    model = small_model(tmp_path / "model", 50 << 20)
+    model = small_model(tmp_path / "model", 1 << 20)
     output = tmp_path / "out" / "model.tensors"
-    process = start("serialize", model, "--output", output)
-    until = time.monotonic() + 60
-    while not any(output.parent.glob("*/*")) and time.monotonic() < until:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) in (130, -signal.SIGINT)  # an interrupt during an import ends Python by the signal itself
+    process = start_halting(signal.SIGINT, WRITING, 1, "serialize", model, "--output", output)
+    process.communicate()
+    assert process.returncode == 130
     assert names_in(output.parent) == []
 
 
