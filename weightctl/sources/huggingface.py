@@ -283,11 +283,13 @@ def _sweep_partial_downloads(snapshot: Snapshot, to: Path | None, config: Config
 
 
 def _is_locked(path: Path) -> bool:
-    with path.open("rb") as stream:
-        try:
+    try:
+        with path.open("rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        pass  # some versions of filelock remove it as they let go
     return False
 
 
