@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 from tests import models
 from tests.command import start
 from tests.disk import fork, lacking
-from tests.hub_server import Hub
+from tests.hub_server import Fault, Hub
 from weightctl.config import Config
 from weightctl.errors import IntegrityError, UsageError
 from weightctl.operations.push_volume import PushResult, plan_push, push_volume
@@ -183,9 +182,11 @@ def test_no_cache_goes_on_after_a_kill(hub: Hub, volume: Path, home: Path) -> No
     """What the killed push had downloaded is not fetched again, and nothing of it was published."""
     large = {f"model-0000{shard}-of-00003.safetensors": os.urandom(6 << 20) for shard in (1, 2, 3)}
     hub.add("org/name", {**HUB_MODEL, **large})
+    hub.faults["model-00003-of-00003.safetensors"] = Fault(stall_at=1 << 20, times=1)
     process = start("push-volume", "org/name", volume, "--no-cache", "--workers", 1)
-    models.kill_at(process, volume / ".weightctl" / "staging", 8 << 20)
-    assert process.returncode == -signal.SIGKILL
+    assert hub.stalled.wait(300)
+    process.kill()
+    process.communicate()
     assert not (volume / "org").exists()
     hub.requests.clear()
     result = push("org/name", volume, no_cache=True)
