@@ -236,8 +236,8 @@ def test_the_host_holds_the_model_once(tmp_path: Path) -> None:
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}, check=True, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     *_, llama, mixtral = map(int, outcome.stdout.split())
-    assert sizes[0] <= llama <= sizes[0] * 1.02 + (8 << 20)
-    assert sizes[1] <= mixtral <= sizes[1] * 1.02 + FUSED_BYTES + (8 << 20)
+    assert 0.9 * sizes[0] <= llama <= sizes[0] * 1.02 + (8 << 20)
+    assert 0.9 * sizes[1] <= mixtral <= sizes[1] * 1.02 + FUSED_BYTES + (8 << 20)
 
 
 @pytest.mark.gpu
