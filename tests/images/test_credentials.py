@@ -23,7 +23,7 @@ from tests.services import docker_registry
 from tests.token_server import TokenServer
 from weightctl.config import Config
 from weightctl.errors import UsageError, WeightctlError
-from weightctl.images import RemoteImages
+from weightctl.images import RemoteImages, transport
 from weightctl.images.credentials import Credentials, find_credentials, is_loopback
 from weightctl.images.oci import ImageName
 from weightctl.progress import Progress
@@ -142,7 +142,7 @@ def test_with_a_wrong_password(guarded: str, docker_config: Path, model: Path) -
     log_in(docker_config, guarded, "a-wrong-word")
     done = push(model, f"{guarded}/wrong:v1")
     assert done.code == 1
-    assert "docker login" in done.stderr
+    assert f"the login that Docker keeps for it is not enough: docker login {guarded}" in done.stderr
     assert "a-wrong-word" not in done.stderr
 
 
@@ -222,7 +222,10 @@ def test_a_redirect_to_another_host_gets_no_authorization(guarded: str, docker_c
         assert "Authorization" not in redirected.headers
 
 
-def test_an_upload_to_another_host_gets_no_authorization(guarded: str, docker_config: Path, model: Path) -> None:
+def test_an_upload_to_another_host_gets_no_authorization(
+    guarded: str, docker_config: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "TRIES", 2)
     with ChaosProxy(guarded) as proxy, ChaosProxy(guarded) as other:
         log_in(docker_config, proxy.host)
         proxy.fault("POST", "", times=-1, reply_headers={"Location": f"http://{other.host}/up?load=1"})
@@ -231,6 +234,23 @@ def test_an_upload_to_another_host_gets_no_authorization(guarded: str, docker_co
             bake(model, f"{proxy.host}/away:v1")
         assert other.requests("PUT", "load=1&digest=sha256")
         assert not [seen for seen in other.seen if "Authorization" in seen.headers]
+
+
+def test_what_is_sent_is_not_sent_elsewhere_on_an_old_redirect(guarded: str, docker_config: Path, model: Path) -> None:
+    with ChaosProxy(guarded) as proxy, ChaosProxy(guarded) as other:
+        log_in(docker_config, proxy.host)
+        proxy.fault("PUT", "manifests", times=-1, status=302, headers={"Location": f"http://{other.host}/v2/"})
+        with pytest.raises(WeightctlError, match="refuses: HTTP 302"):
+            bake(model, f"{proxy.host}/moved:v1")
+        assert not other.seen
+
+
+def test_cookies_are_not_kept(guarded: str, docker_config: Path, model: Path) -> None:
+    with ChaosProxy(guarded) as proxy:
+        log_in(docker_config, proxy.host)
+        proxy.fault("GET", "", times=-1, reply_headers={"Set-Cookie": "session=1; Path=/"})
+        bake(model, f"{proxy.host}/cookies:v1")
+        assert not [seen for seen in proxy.seen if "Cookie" in seen.headers]
 
 
 def test_a_redirect_without_end(guarded: str, docker_config: Path, model: Path) -> None:

@@ -66,6 +66,7 @@ def test_image_names(text: str, full: str, canonical: str) -> None:
     [
         "", ":v1", "Llama", "llama:", "llama:a b", "llama:é", "llama:٣", "a//b", "/a", "a/", "-a", "a_", "a___b",
         f"a:{'x' * 129}", "a@sha256:00", "ghcr.io/A:b", "a:v1\n", "../a", "a\0b",
+        "localhost:0/a", "localhost:65536/a", "[::::]/a", "[1]/a", f"{'x' * 64}.com/a",
     ],
 )  # fmt: skip
 def test_no_image_names(text: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import re
 import secrets
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,20 @@ import pytest
 
 from tests import models
 from tests.chaos_proxy import ChaosProxy
-from tests.command import start, weightctl
-from tests.images.conformance import files_of
+from tests.command import interrupt, start, weightctl
+from tests.images.conformance import files_of, plan
 from tests.images.test_remote import bake, check, copied
 from tests.services import docker_registry
+from weightctl import storage
+from weightctl.config import Config
 from weightctl.errors import IntegrityError, WeightctlError
-from weightctl.images import registry_client, transport
+from weightctl.images import RemoteImages, registry_client, transport
+from weightctl.images.layers import known_layer, open_layer
+from weightctl.images.oci import Descriptor, ImageName
+from weightctl.images.registry_client import RegistryClient
 from weightctl.images.transport import Transport
+from weightctl.images.uploads import Memory, Upload
+from weightctl.progress import Progress, Task
 
 MIB = 1 << 20
 SHARD = 5 * MIB
@@ -124,6 +133,24 @@ def test_a_cut_costs_the_one_blob_again(proxy: ChaosProxy, name: str, model: Pat
     assert_arrived(name, model, proxy)
 
 
+def test_a_chunk_that_is_not_taken_is_all_that_is_sent_again(proxy: ChaosProxy, name: str, model: Path) -> None:
+    proxy.fault("PATCH", "", status=503)
+    bake(model, name)
+    assert sum(proxy.body_bytes.values()) < plan(model).size + MIB + 10_000
+    assert_arrived(name, model, proxy)
+
+
+def test_what_goes_well_in_between_gives_new_patience(
+    proxy: ChaosProxy, name: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "TRIES", 2)
+    for turn in range(3):
+        proxy.fault("PATCH", "", status=503, skip=2 * turn + 1)
+    RemoteImages("").bake(plan(model), ImageName.parse(name), config=Config(workers=1), progress=Progress())
+    assert not [fault for fault in proxy.faults if fault.times]
+    assert_arrived(name, model, proxy)
+
+
 def test_smaller_chunks_where_the_registry_wants_them(
     proxy: ChaosProxy, name: str, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,8 +172,102 @@ def test_larger_chunks_where_the_registry_wants_them(proxy: ChaosProxy, name: st
 def test_a_registry_that_takes_neither_chunks_nor_the_whole(proxy: ChaosProxy, name: str, model: Path) -> None:
     proxy.fault("PATCH", "", status=416, times=-1)
     proxy.fault("PUT", "", status=413, times=-1)
+    with pytest.raises(WeightctlError, match="413") as caught:
+        bake(model, name)
+    assert "have that limit raised" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("host", "chunked"),
+    [
+        ("ghcr.io", False), ("gcr.io", False), ("us.gcr.io", False), ("asia.gcr.io", False),
+        ("us-docker.pkg.dev", False), ("europe-west1-docker.pkg.dev", False),
+        ("quay.io", True), ("docker.io", True), ("org.azurecr.io", True), ("registry.gitlab.com", True),
+        ("123456789012.dkr.ecr.eu-west-1.amazonaws.com", True), ("ghcr.io.example.com", True), ("notghcr.io", True),
+        ("docker.pkg.dev.example.com", True), ("localhost:5000", True),
+    ],
+)  # fmt: skip
+def test_who_is_sent_chunks(host: str, chunked: bool) -> None:
+    assert registry_client.takes_chunks(host) is chunked
+
+
+def test_a_registry_that_is_known_to_take_no_chunks(
+    proxy: ChaosProxy, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry_client, "CHUNK_BYTES", MIB)
+    monkeypatch.setenv("http_proxy", f"http://{proxy.host}")  # so that the proxy hears what is said to any host
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")
+    monkeypatch.setenv("no_proxy", "")
+    image = plan(model)
+    config = Config(workers=2, plain_http=True)
+    RemoteImages("").bake(image, ImageName.parse("ghcr.io/org/whole:v1"), config=config, progress=Progress())
+    assert not proxy.requests("PATCH")
+    sent = [seen.length for seen in proxy.requests("PUT", "uploads")]
+    assert sorted(sent)[-2:] == sorted(layer.size for layer in image.layers)[-2:]
+    assert_arrived(f"{proxy.host}/org/whole:v1", model, proxy)
+
+
+def test_a_registry_that_forgets_what_it_finds_too_much_is_an_error(
+    proxy: ChaosProxy, name: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "TRIES", 3)
+    proxy.fault("POST", "", times=-1, reply_headers={"OCI-Chunk-Min-Length": str(4 * MIB)})
+    proxy.fault("PATCH", "", times=-1, status=413)
+    proxy.fault("GET", "uploads", times=-1, status=404)
     with pytest.raises(WeightctlError, match="413"):
         bake(model, name)
+
+
+@pytest.mark.parametrize("url", ["{", "file:///etc/passwd", "http://127.0.0.1:1/gone"])
+def test_an_upload_that_cannot_be_gone_on_with_begins_anew(
+    proxy: ChaosProxy, name: str, model: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "TRIES", 2)
+    blob = known_layer(plan(model).layers[0], Task()).blob
+    repository = name.split("/")[1].split(":")[0]
+    with Memory(proxy.host).upload(repository, blob.digest) as record:
+        record.write(url)
+    bake(model, name)
+    assert_arrived(name, model, proxy)
+
+
+class Waiting(io.BytesIO):
+    """A file that is not read until something else is over."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(bytes(size))
+        self.begun, self.over = threading.Event(), threading.Event()
+
+    def readinto(self, buffer: Any) -> int:
+        self.begun.set()
+        assert self.over.wait(60)
+        return super().readinto(buffer)
+
+
+def test_a_whole_blob_that_is_no_longer_wanted_is_given_up(proxy: ChaosProxy, name: str) -> None:
+    client = RegistryClient(ImageName.parse(name), actions="pull,push")
+    client.chunked = False
+    source = Waiting(8 * MIB)
+    blob = Descriptor.of("", source.getvalue())
+
+    def send() -> None:
+        with Memory(proxy.host).upload(client.repository, blob.digest) as record:
+            Upload(client, blob, lambda: source, record, Task()).run(None)
+
+    def fail() -> None:
+        assert source.begun.wait(60)
+        raise WeightctlError("over")
+
+    def notice() -> None:
+        try:
+            while True:
+                storage.pause(0.01)
+        finally:
+            source.over.set()
+
+    with pytest.raises(WeightctlError, match="over"):
+        storage.in_parallel(lambda task: task(), [send, fail, notice], 3)
+    assert proxy.body_bytes.get("PUT", 0) < blob.size
 
 
 def test_bytes_that_never_arrive_right_are_an_error(proxy: ChaosProxy, name: str, model: Path) -> None:
@@ -164,6 +285,17 @@ def test_a_registry_that_always_fails_is_an_error(
     proxy.fault("PATCH", "", status=503, times=-1, body=b'{"errors":[{"code":"UNAVAILABLE","message":"disk"}]}')
     with pytest.raises(WeightctlError, match="fails: HTTP 503: UNAVAILABLE disk"):
         bake(model, name)
+    assert not proxy.requests("PUT", "manifests")
+
+
+def test_a_registry_that_is_gone_in_the_middle_is_an_error(
+    proxy: ChaosProxy, name: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "TRIES", 2)
+    proxy.fault("PATCH", "", times=-1, cut_after=1)
+    with pytest.raises(WeightctlError, match="cannot reach") as caught:
+        bake(model, name)
+    assert caught.value.hint == "it answered before: try again later, what is done is kept"
     assert not proxy.requests("PUT", "manifests")
 
 
@@ -206,6 +338,28 @@ def test_a_location_where_no_registry_is(proxy: ChaosProxy, name: str, model: Pa
         bake(model, name)
 
 
+@pytest.mark.parametrize(
+    ("start", "problem"), [(1_000_000, ""), (2_000_000, "without the bytes that follow the first 1500000")]
+)
+def test_a_range_that_is_not_the_one_asked_for(
+    proxy: ChaosProxy, name: str, model: Path, start: int, problem: str
+) -> None:
+    blob = bake(model, name).layers[0]
+    with open_layer(plan(model).layers[0]) as layer:
+        content = layer.read()[start:]
+    headers = {"Content-Range": f"bytes {start}-{blob.size - 1}/{blob.size}"}
+    proxy.fault("GET", blob.digest, cut_reply_after=1_500_000)
+    proxy.fault("GET", blob.digest, status=206, headers=headers, body=content)
+    assert [problem in found for found in check(name)] == ([True] if problem else [])
+
+
+def test_an_answer_that_is_cut_is_asked_for_again(proxy: ChaosProxy, name: str, model: Path) -> None:
+    digest = bake(model, name).digest
+    proxy.fault("GET", "manifests", times=2, cut_reply_after=100)
+    assert check(name, model) == ()
+    assert bake(model, name).digest == digest
+
+
 def test_reading_goes_on_where_the_connection_broke(proxy: ChaosProxy, name: str, model: Path) -> None:
     baked = bake(model, name)
     proxy.fault("GET", baked.layers[0].digest, times=3, cut_reply_after=1_500_000)
@@ -235,9 +389,11 @@ def interrupted(proxy: ChaosProxy, big: Path, how: signal.Signals) -> tuple[int,
     command = ("bake", big, "--to", "registry", "--tag", f"{proxy.host}/r{big.parent.name.lower()}:v1")
     proxy.hold_after = 40 * MIB
     process = start(*command)
-    assert proxy.held.wait(60)
-    process.send_signal(how)
-    if how == signal.SIGKILL:
+    assert proxy.held.wait(300)
+    if how == signal.SIGINT:
+        interrupt(process)
+    else:
+        process.kill()
         process.wait()
     proxy.go_on.set()
     process.communicate()

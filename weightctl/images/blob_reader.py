@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,10 @@ class BlobReader(io.RawIOBase):
                     raise
                 self._patience.wait(error)
                 continue
-            skip = self._position if self._response.status_code == 200 else 0
+            skip = self._position - _start_of(self._response, self._position)
+            if skip < 0:
+                self._disconnect()
+                raise IntegrityError(f"{self.name} is sent without the bytes that follow the first {self._position}")
             while skip and (data := self._response.raw.read(min(skip, BLOCK_BYTES), decode_content=False)):
                 skip -= len(data)
         return self._response
@@ -91,3 +95,11 @@ class BlobReader(io.RawIOBase):
         if self._response is not None:
             self._response.close()
             self._response = None
+
+
+def _start_of(response: requests.Response, asked: int) -> int:
+    """The offset of an answer's first byte, for one that may hold only the bytes from `asked` on."""
+    if response.status_code != 206:
+        return 0
+    said = re.match(r"bytes (\d{1,19})-", response.headers.get("Content-Range", ""))
+    return int(said[1]) if said else asked

@@ -120,6 +120,11 @@ class Authorization:
             self._basic = credentials.basic if credentials else None
             return self._basic not in (None, sent)
 
+    @property
+    def advice(self) -> str:
+        """Why the registry wants somebody else."""
+        return "the login that Docker keeps for it is not enough" if self._credentials else "log in"
+
     def redact(self, text: str) -> str:
         """The text without anything that is secret: a registry might send back what it was sent."""
         with self._lock:

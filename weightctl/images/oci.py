@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import urllib.parse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -46,7 +47,7 @@ class ImageName:
     def parse(cls, text: str) -> ImageName:
         """Take a tag apart; `:latest` is added if there is none. Raises UsageError for what is no image name."""
         match = _NAME.fullmatch(text)
-        if match is None:
+        if match is None or not _is_host(match["registry"]):
             raise UsageError(
                 f"not an image name: {text!r}", "write [registry/]name[:tag], the name in lower case: llama:v1"
             )
@@ -61,6 +62,15 @@ class ImageName:
         if self.registry not in DOCKER_HUB:
             return str(self)
         return f"docker.io/{'' if '/' in self.repository else 'library/'}{self.repository}:{self.tag}"
+
+
+def _is_host(registry: str | None) -> bool:
+    """Whether a registry can have that name: an address that is one, a port that is one, and no label too long."""
+    try:
+        parts = urllib.parse.urlsplit(f"//{registry or ''}")
+        return parts.port != 0 and all(len(label) < 64 for label in (parts.hostname or "").split("."))
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,14 @@ OCTETS = {"Content-Type": "application/octet-stream"}
 
 CHUNK_BYTES = 32 << 20
 NO_CHUNKS = re.compile(r"ghcr\.io|([a-z]+\.)?gcr\.io|[a-z0-9-]+-docker\.pkg\.dev")
-"""Registries that are sent each blob in one request: GitHub's refuses chunks of more than 4 MiB, Google's all of them
-(cloud.google.com/artifact-registry/docs/reference/docker-api). Others that refuse one say so when they meet it."""
+"""Registries that are sent each blob in one request: GitHub's refuses chunks of more than 4 MiB (github.com/wasmCloud/
+wash-archive/issues/268), Google's all of them (cloud.google.com/artifact-registry/docs/reference/docker-api). Others
+that refuse one say so when they meet it."""
+
+
+def takes_chunks(registry: str) -> bool:
+    """Whether a registry, by its host, is sent blobs in chunks until it refuses one."""
+    return not NO_CHUNKS.fullmatch(registry)
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class RegistryClient:
         self.repository = rest.rpartition(":")[0]
         self.chunk_bytes = CHUNK_BYTES
         """Sent in one request; becomes less where a registry says that it is too much."""
-        self.chunked = not NO_CHUNKS.fullmatch(self.registry)
+        self.chunked = takes_chunks(self.registry)
         """Whether blobs may be sent in chunks; becomes false where a registry refuses one."""
         self._transport = Transport(self.registry, self.repository, actions=actions, plain_http=plain_http)
 
@@ -166,9 +172,10 @@ class RegistryClient:
         return Session(self._location(answer))
 
     def upload_status(self, session: Session, size: int) -> Session | None:
-        """How far an upload got; None if the registry has forgotten it."""
+        """How far an upload got, perhaps of an earlier process; None if the registry has forgotten it."""
         try:
-            answer = self._transport.call("GET", session.url, expect=(200, 202, 204))
+            url = self._transport.follow(self._url(""), session.url)
+            answer = self._transport.call("GET", url, expect=(200, 202, 204))
         except RegistryError as error:
             if error.transient or error.status in (401, 403):
                 raise

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 CONNECT_SECONDS = 30
 ANSWER_SECONDS = 600
 """Long: a registry may copy a whole blob before it answers the last request of an upload."""
-TRIES = 5
+TRIES = 7
+"""With the waits between them half a minute, in which a registry that was restarted is back."""
 LONGEST_WAIT_SECONDS = 120
 """A registry that asks for more with Retry-After is not waited for."""
 MOST_REDIRECTS = 5
@@ -105,14 +106,12 @@ class Transport:
 
     def _find_origin(self, host: str) -> str:
         """HTTPS, unless plain HTTP is allowed and nobody answers HTTPS there."""
-        import requests
-
         if not (self._plain_http or is_loopback(urllib.parse.urlsplit(f"//{host}").hostname)):
             return f"https://{host}"
         try:
             self._send("GET", f"https://{host}/v2/", {}, None).close()
-        except requests.RequestException as error:
-            return f"{'https' if _is_bad_certificate(error) else 'http'}://{host}"
+        except WeightctlError as error:
+            return f"{'https' if _is_bad_certificate(error.__cause__) else 'http'}://{host}"
         return f"https://{host}"
 
     def call(self, method: str, url: str, **request: Any) -> Answer:
@@ -148,18 +147,13 @@ class Transport:
         A `body` is bytes, or an iterable of them that can be read again. The Authorization header goes to the registry
         and to nobody else.
         """
-        import requests
-
         scopes = (self._scope, *scopes)
         refusals = redirects = 0
         while True:
             ours = url.startswith(f"{self.origin}/")
             header = self._authorization.header(scopes) if ours else None
             own = {"Authorization": header} if header else {}
-            try:
-                response = self._send(method, url, {**(headers or {}), **own}, body)
-            except (requests.RequestException, OSError) as error:
-                raise self._unreachable(url, error) from error
+            response = self._send(method, url, {**(headers or {}), **own}, body)
             self._reached = True
             # A body may only be sent to another place where the answer says that it is to be sent there again.
             movable = method in ("GET", "HEAD") or response.status_code in (307, 308)
@@ -193,26 +187,28 @@ class Transport:
         raise WeightctlError(f"{self._name} sends us to {where!r}, where nothing of a registry can be")
 
     def _send(self, method: str, url: str, headers: Mapping[str, str], body: Any) -> requests.Response:
+        """One request to one place. Raises RegistryError without an answer, WeightctlError if there cannot be one."""
+        import requests
+        import urllib3
+
         loopback = is_loopback(urllib.parse.urlsplit(url).hostname)
-        return self._session.request(
-            method,
-            url,
-            headers={"User-Agent": f"weightctl/{weightctl.__version__}", **headers},
-            data=body or None,  # an empty body has the length 0, where the library would send one without a length
-            auth=_as_it_is,
-            allow_redirects=False,
-            stream=True,
-            timeout=(CONNECT_SECONDS, ANSWER_SECONDS),
-            proxies={"http": "", "https": ""} if loopback else None,  # a proxy's loopback is not ours
-        )
+        try:
+            return self._session.request(
+                method,
+                url,
+                headers={"User-Agent": f"weightctl/{weightctl.__version__}", **headers},
+                data=body or None,  # an empty body has the length 0, where the library would send one without a length
+                auth=_as_it_is,
+                allow_redirects=False,
+                stream=True,
+                timeout=(CONNECT_SECONDS, ANSWER_SECONDS),
+                proxies={"http": "", "https": ""} if loopback else None,  # a proxy's loopback is not ours
+            )
+        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+            raise self._unreachable(url, error) from error
 
     def _ask_token_service(self, request: TokenRequest) -> bytes:
-        import requests
-
-        try:
-            response = self._send("POST" if request.form else "GET", request.url, request.headers, request.form)
-        except (requests.RequestException, OSError) as error:
-            raise self._unreachable(request.url, error) from error
+        response = self._send("POST" if request.form else "GET", request.url, request.headers, request.form)
         return self._read(self._expect(response, (200,), "the token service of ")).content
 
     def _expect(self, response: requests.Response, statuses: Collection[int], whose: str = "") -> requests.Response:
@@ -223,11 +219,12 @@ class Transport:
         code, message = _registry_error(self._read(response).content)
         words = self._authorization.redact(" ".join(filter(None, (code, message[:300]))))
         hints = {
-            401: f"log in: docker login {self._registry}",
+            401: f"{self._authorization.advice}: docker login {self._registry}",
             403: f"check what the account may do there, or log in as another: docker login {self._registry}",
+            413: "it, or a proxy before it, takes no request so large: have that limit raised",
             429: "it limits how often it may be asked: try again later",
         }
-        hint = hints.get(status, "try again later: what was sent is kept" if status >= 500 else None)
+        hint = hints.get(status, f"try again later: {_KEPT}" if status >= 500 else None)
         failed = "refuses" if status < 500 else "fails"
         raise RegistryError(
             f"{whose}{self._name} {failed}: HTTP {status}{f': {words}' if words else ''}",
@@ -243,10 +240,11 @@ class Transport:
 
         try:
             with response:
-                content = response.raw.read(MAX_JSON_BYTES + 1, decode_content=False)
+                content = response.raw.read(MAX_JSON_BYTES, decode_content=False)
+                more = response.raw.read(1, decode_content=False)  # only this tells the end from a cut
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise self._unreachable(response.url, error) from error
-        if len(content) > MAX_JSON_BYTES:
+        if more:
             raise IntegrityError(f"{self._name} answers with more than {MAX_JSON_BYTES} bytes, which no manifest has")
         return Answer(response.status_code, response.headers, content, response.url)
 
@@ -262,10 +260,14 @@ class Transport:
             return WeightctlError(f"{host} does not speak HTTPS", "if its network is safe, add --plain-http")
         if isinstance(error, requests.exceptions.ProxyError):
             return RegistryError(f"the proxy does not reach {host}: {reason(error)}", "check HTTPS_PROXY and NO_PROXY")
-        return RegistryError(f"cannot reach {host}: {reason(error)}", "check its name and the network")
+        hint = f"it answered before: try again later, {_KEPT}" if self._reached else "check its name and the network"
+        return RegistryError(f"cannot reach {host}: {reason(error)}", hint)
 
 
-def reason(error: BaseException) -> str:
+_KEPT = "what is done is kept"
+
+
+def reason(error: BaseException, otherwise: str = "the connection broke") -> str:
     """The system's own word for what broke, or a proxy's, which lies deep in what the library raises."""
     if refused := re.search(r"Tunnel connection failed: (\d+[\w ]*)", str(error)):
         return f"it answers {refused[1]}"
@@ -276,7 +278,7 @@ def reason(error: BaseException) -> str:
         if isinstance(seen, OSError) and seen.strerror:
             return seen.strerror
         seen = inner or (below if isinstance(below, BaseException) else None) or seen.__cause__ or seen.__context__
-    return "the connection broke"
+    return otherwise
 
 
 def _as_it_is(request: Any) -> Any:
@@ -320,5 +322,5 @@ def _own_port(url: urllib.parse.SplitResult) -> int | None:
     return None if url.port in (80, 443) else url.port
 
 
-def _is_bad_certificate(error: BaseException) -> bool:
+def _is_bad_certificate(error: BaseException | None) -> bool:
     return "CERTIFICATE_VERIFY_FAILED" in str(error)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from typing import BinaryIO
 
 from weightctl import storage
 from weightctl.config import user_directory
-from weightctl.errors import IntegrityError
+from weightctl.errors import IntegrityError, WeightctlError
 from weightctl.images.oci import Descriptor
 from weightctl.images.registry_client import Part, RegistryClient, Session
 from weightctl.images.transport import Patience, RegistryError
@@ -64,27 +63,24 @@ class Memory:
 
 @dataclass(frozen=True)
 class Record:
-    """How far an upload got, in a file that outlives the process."""
+    """Where an upload goes on, in a file that outlives the process."""
 
     path: Path
     descriptor: int | None
     """None where it cannot be kept, or another process has it."""
 
-    def read(self) -> Session | None:
-        """What the last process that had the record wrote."""
-        with contextlib.suppress(OSError, LookupError, TypeError, ValueError):
+    def read(self) -> str | None:
+        """The upload's URL, as the last process that had the record wrote it."""
+        with contextlib.suppress(OSError, ValueError):
             if self.descriptor is not None:
-                line = os.pread(self.descriptor, 1 << 16, 0).partition(b"\n")[0]
-                values = json.loads(line)
-                return Session(str(values["url"]), int(values["offset"]))
+                return os.pread(self.descriptor, 1 << 16, 0).partition(b"\n")[0].decode() or None
         return None
 
-    def write(self, session: Session) -> None:
-        """Keep how far it got. One line in one write: what an earlier, longer one leaves behind is not read."""
+    def write(self, url: str) -> None:
+        """Keep where it goes on. One line in one write: what an earlier, longer one leaves behind is not read."""
         with contextlib.suppress(OSError):
             if self.descriptor is not None:
-                line = json.dumps({"offset": session.offset, "url": session.url})
-                os.pwrite(self.descriptor, line.encode() + b"\n", 0)
+                os.pwrite(self.descriptor, f"{url}\n".encode(), 0)
 
     def remove(self) -> None:
         """The upload is over."""
@@ -137,8 +133,11 @@ class Upload:
         self._record.remove()
 
     def _recorded(self) -> Session | None:
-        recorded = self._record.read()
-        session = self._client.upload_status(recorded, self._blob.size) if recorded else None
+        """The upload that an earlier process began, if the registry still knows it."""
+        session = None
+        with contextlib.suppress(WeightctlError):  # what cannot be gone on with begins anew
+            if url := self._record.read():
+                session = self._client.upload_status(Session(url), self._blob.size)
         self._position = session.offset if session else 0
         self._task.advance(self._position)
         return session
@@ -157,7 +156,7 @@ class Upload:
             self._client.finish_upload(session, self._blob, part)
             return None
         session = self._client.send_chunk(session, part)
-        self._record.write(session)
+        self._record.write(session.url)
         if session.offset > self._farthest:
             self._farthest = session.offset
             self._patience.reset()
@@ -181,14 +180,20 @@ class Upload:
         if error.status == 413 and self._tried > SMALLEST_CHUNK_BYTES:
             self._client.chunk_bytes = min(self._client.chunk_bytes, max(SMALLEST_CHUNK_BYTES, self._tried // 2))
             self._client.chunked = True
-            return self._client.upload_status(session, self._blob.size)
+            known = self._client.upload_status(session, self._blob.size)
+            if known is None:
+                self._patience.wait(error)
+            return known
         # A chunk that is refused, some with 416 and some with 405, is the first of many, or the registry was wrong
         # about what has arrived; a digest that is refused may be due to chunks that it joined wrongly.
         self._refused = True
-        self._client.chunked &= session.offset + self._tried == self._blob.size
+        if session.offset + self._tried < self._blob.size:
+            self._client.chunked = False
         return None
 
     def _sent(self, position: int) -> None:
+        if self._tried > self._client.chunk_bytes:
+            storage.pause(0)  # a chunk is waited for, a whole blob is not
         self.sent_bytes += max(0, position - self._position)
         self._reach(position)
 
