@@ -113,6 +113,15 @@ target.bake(plan(Path(model)), ImageName.parse(name), config=Config(workers=2), 
 """
 """A bake that kills itself in the middle of what it writes or sends."""
 
+
+def long_names(count: int) -> bytes:
+    """A tar whose only file has so many headers that give it a long name: tarfile reads each from within the last."""
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 2
+    one = header.tobuf(tarfile.GNU_FORMAT) + b"a".ljust(tarfile.BLOCKSIZE, b"\0")
+    return one * count + tarfile.TarInfo("a").tobuf() + bytes(2 * tarfile.BLOCKSIZE)
+
+
 HARM: dict[str, Callable[[Path], object]] = {
     "a flipped bit": models.flip_bit,
     "a cut": lambda file: os.truncate(file, 1000),
@@ -228,7 +237,8 @@ class ImagesConformance(ABC):
         config = Config(workers=2)
         layout.bake(plan(below, "/app"), ImageName.parse("base:v1"), config=config, progress=Progress())
         base = layout.open_base("v1", None)
-        self.bake(place, plan(model, base=base))
+        baked = self.bake(place, plan(model, base=base))
+        assert baked.written_bytes >= sum(layer.blob.size for layer in base.layers) + plan(model).size
         image = self.image(place, tmp_path)
         assert image.files == {**files_of(below, "/app"), **files_of(model)}
         assert image.config["rootfs"]["diff_ids"][:3] == [layer.diff_id for layer in base.layers]

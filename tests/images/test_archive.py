@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import tarfile
@@ -12,10 +13,11 @@ import pytest
 
 from tests import models
 from tests.disk import small_disk
-from tests.images.conformance import Image, ImagesConformance, plan, read_layout
+from tests.images.conformance import Image, ImagesConformance, long_names, plan, read_layout
+from tests.images.test_bases import HOSTILE_INDEXES
 from tests.services import docker_engine, tool
 from weightctl.config import Config
-from weightctl.errors import UsageError, WeightctlError
+from weightctl.errors import IntegrityError, UsageError, WeightctlError
 from weightctl.images import ArchiveImages, Baked, LayoutImages
 from weightctl.images.archive import TarWriter
 from weightctl.images.oci import ImageName
@@ -127,3 +129,19 @@ def test_verify_tells_a_flipped_bit(model: Path, tmp_path: Path) -> None:
     cut = ArchiveImages(str(archive)).check(config=Config(), progress=Progress())
     assert cut.problems
     assert subprocess.run(["tar", "tf", archive], capture_output=True, check=False).returncode != 0
+
+
+@pytest.mark.parametrize("index", HOSTILE_INDEXES)
+def test_a_hostile_index_is_an_error_of_ours(tmp_path: Path, index: bytes) -> None:
+    with (tmp_path / "m.tar").open("wb", buffering=0) as stream:
+        tar = TarWriter(stream)
+        tar.add("index.json", index)
+        tar.close()
+    with contextlib.suppress(IntegrityError):
+        assert ArchiveImages(str(tmp_path / "m.tar")).check(config=Config(), progress=Progress()).problems
+
+
+def test_headers_upon_headers_are_a_problem_and_no_crash(tmp_path: Path) -> None:
+    (tmp_path / "m.tar").write_bytes(long_names(3000))
+    (problem,) = ArchiveImages(str(tmp_path / "m.tar")).check(config=Config(), progress=Progress()).problems
+    assert "is no tar, or is cut" in problem

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.images.conformance import long_names
 from weightctl.images.contents import check_image
 from weightctl.images.oci import LAYER, LAYER_GZIP, LAYER_ZSTD, BaseImage, Descriptor, WrittenLayer
 from weightctl.model import File, Snapshot
@@ -126,6 +127,9 @@ def test_a_layer_that_cannot_be_unpacked_is_noted() -> None:
         ([("/m/a", b"new")], ["a is another file than the model's in the image"]),
         ([("mm/a", b"elsewhere"), ("a", b"elsewhere")], []),
         ([("m/a", b"new"), ("m/a", b"A")], []),
+        ([("m/c/d/e", b"below"), ("m/c", b"C")], ["/m/c is in the image but not in the model"]),
+        ([("m/c/d", b"D"), ("m/.wh.c", b"")], ["/m/c/d is in the image but not in the model"]),
+        ([(".wh..wh..opq", b"")], ["a is missing from the image", "b is missing from the image"]),
     ],
 )
 def test_layers_lie_over_each_other(upper: list[Entry], expected: list[str]) -> None:
@@ -147,6 +151,11 @@ def test_a_header_of_gigabytes_is_not_read() -> None:
     layer = giant.tobuf(tarfile.GNU_FORMAT) + bytes(10240)
     (problem,) = problems(plain(layer), model(a=b"A"))[:1]
     assert "a header is too large" in problem
+
+
+def test_headers_upon_headers_are_a_problem_and_no_crash() -> None:
+    (problem, *_) = problems(plain(long_names(3000)), model(a=b"A"))
+    assert "cannot be unpacked" in problem
 
 
 @given(st.binary(max_size=2000), st.sampled_from([LAYER, LAYER_GZIP, LAYER_ZSTD]))

@@ -207,22 +207,22 @@ def test_the_command_takes_a_base_from_the_registry(registry: str, model: Path, 
 def push_index(registry: str, repository: str, entries: list[dict[str, Any]]) -> str:
     index = {"schemaVersion": 2, "mediaType": INDEX, "manifests": entries}
     url = f"http://{registry}/v2/{repository}/manifests/multi"
-    requests.put(url, data=json.dumps(index), headers={"Content-Type": INDEX}, timeout=10).raise_for_status()
+    requests.put(url, data=json.dumps(index), headers={"Content-Type": INDEX}, timeout=300).raise_for_status()
     return f"{registry}/{repository}:multi"
 
 
 def multi_platform(registry: str, model: Path, repository: str) -> tuple[str, dict[str, str]]:
     """An index of two platforms and an attestation, and the digest of each."""
     entries, digests = [], {}
-    for platform in ("linux/amd64", "linux/arm64"):
-        image = plan_image(read_directory(model), "/models/m", check_platform(platform), None)
+    attestation = models.write_model(model.parent / "attestation", seed=secrets.randbits(60))
+    for platform, content in {"linux/amd64": model, "linux/arm64": model, "unknown/unknown": attestation}.items():
+        image = plan_image(read_directory(content), "/models/m", check_platform(platform), None)
         name = ImageName.parse(f"{registry}/{repository}:{platform.replace('/', '-')}")
         digests[platform] = RemoteImages("").bake(image, name, config=CONFIG, progress=Progress()).digest
         found = RegistryClient(name, actions="pull").manifest(name.tag)
         assert found is not None
         os_name, architecture = platform.split("/")
         entries.append({**found[0].to_json(), "platform": {"os": os_name, "architecture": architecture}})
-    entries.append({**entries[0], "platform": {"os": "unknown", "architecture": "unknown"}})
     return push_index(registry, repository, entries), digests
 
 
@@ -305,11 +305,11 @@ def push_layout(layout: Path, registry: str, repository: str) -> None:
     (entry,) = json.loads((layout / "index.json").read_text())["manifests"]
     manifest = (layout / "blobs" / entry["digest"].replace(":", "/")).read_bytes()
     for blob in (json.loads(manifest)["config"], *json.loads(manifest)["layers"]):
-        upload = requests.post(f"{url}/blobs/uploads/", timeout=10).headers["Location"]
+        upload = requests.post(f"{url}/blobs/uploads/", timeout=300).headers["Location"]
         data = (layout / "blobs" / blob["digest"].replace(":", "/")).read_bytes()
-        requests.put(f"{upload}&digest={blob['digest']}", data=data, timeout=10).raise_for_status()
+        requests.put(f"{upload}&digest={blob['digest']}", data=data, timeout=300).raise_for_status()
     headers = {"Content-Type": entry["mediaType"]}
-    requests.put(f"{url}/manifests/v1", data=manifest, headers=headers, timeout=10).raise_for_status()
+    requests.put(f"{url}/manifests/v1", data=manifest, headers=headers, timeout=300).raise_for_status()
 
 
 # a registry that lies

@@ -16,8 +16,8 @@ from weightctl.config import Config, expanded
 from weightctl.digests import Check
 from weightctl.errors import IntegrityError, UsageError, translated_os_errors
 from weightctl.images.base import Baked, Images, Preview, describe, images, space_problems
-from weightctl.images.bases import base_image, descriptor
-from weightctl.images.contents import check_image
+from weightctl.images.bases import base_image, descriptor, index_entries
+from weightctl.images.contents import Entry, check_image
 from weightctl.images.layers import copy_blob, write_layer
 from weightctl.images.oci import (
     CONFIG,
@@ -66,15 +66,15 @@ class ArchiveImages(Images):
         """See `Images.check`."""
         with translated_os_errors(f"read {self.path}"):
             try:
-                with tarfile.open(self.path, "r:") as tar:
+                with tarfile.open(self.path, "r:", tarinfo=Entry) as tar:
                     members = {member.name: member for member in tar if member.isreg()}
-            except tarfile.TarError as error:
+            except (tarfile.TarError, RecursionError, ValueError) as error:
                 return Check(0, 0, (f"{self.path} is no tar, or is cut: {error}",))
             checks = [Check(0, 0, ())]
-            for entry in self._read_json(members, "index.json").get("manifests") or []:
+            for entry in index_entries(self._read_json(members, "index.json"), str(self.path)):
                 try:
                     image = self._image(entry, members)
-                except (IntegrityError, LookupError, TypeError, ValueError) as error:
+                except (IntegrityError, LookupError, RecursionError, TypeError, ValueError) as error:
                     checks.append(Check(1, 0, (f"an image of {self.path} is malformed: {error}",)))
                 else:
                     checks.append(check_image(image, against, workers=config.workers, progress=progress))
@@ -106,10 +106,10 @@ class ArchiveImages(Images):
         with _Slice(self.path, member.offset_data, member.size) as source:
             try:
                 value = json.loads(source.read())
-            except ValueError as error:
-                raise IntegrityError(f"{name} in {self.path} is no JSON: {error}") from error
+            except (RecursionError, ValueError) as error:
+                raise IntegrityError(f"{name} in {self.path} is no JSON: {error}", "bake it again") from error
         if not isinstance(value, dict):
-            raise IntegrityError(f"{name} in {self.path} is no JSON object")
+            raise IntegrityError(f"{name} in {self.path} is no JSON object", "bake it again")
         return value
 
 

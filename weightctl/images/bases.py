@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from weightctl.errors import IntegrityError, UsageError
-from weightctl.images.oci import DIGEST, BaseImage, Descriptor, ImageName, WrittenLayer
+from weightctl.images.oci import DIGEST, LAYER, LAYER_GZIP, BaseImage, Descriptor, ImageName, WrittenLayer
 
 Json = Mapping[str, Any]
 
@@ -23,13 +24,20 @@ def descriptor(value: Any) -> Descriptor:
     return found
 
 
+def index_entries(index: Json, what: str) -> Sequence[Json]:
+    """The manifests that an index lists. Raises IntegrityError if they are no objects."""
+    entries = index.get("manifests")
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise IntegrityError(f"the index of {what} is malformed: it lists {json.dumps(entries)[:200]}", _DAMAGED)
+    return entries
+
+
 def choose(entries: Sequence[Json], platform: str | None, what: str) -> Json:
     """The entry of an index that is for `platform`; None is enough where only one image is meant.
 
     Entries for no platform (attestations) do not count. Raises UsageError, listing the platforms there are.
     """
-    named = [(entry, _platform(entry.get("platform") or {})) for entry in entries]
-    runnable = [(entry, name) for entry, name in named if not name.startswith("unknown/")]
+    runnable = [(entry, _platform(entry.get("platform"))) for entry in entries if is_runnable(entry)]
     wanted = [entry for entry, name in runnable if not (platform and name) or same_platform(platform, name)]
     if len(wanted) == 1:
         return wanted[0]
@@ -37,6 +45,11 @@ def choose(entries: Sequence[Json], platform: str | None, what: str) -> Json:
     if platform is None:
         raise UsageError(f"{what} is for several platforms", f"choose one with --platform: {known}")
     raise UsageError(f"{what} has {'several images' if wanted else 'no image'} for {platform}", f"it is for: {known}")
+
+
+def is_runnable(entry: Json) -> bool:
+    """Whether an index lists an image there, and not what somebody attests of one."""
+    return not _platform(entry.get("platform")).startswith("unknown/")
 
 
 def _platform(value: Any) -> str:
@@ -55,15 +68,43 @@ def base_image(
 ) -> BaseImage:
     """The image that a manifest and its config describe. Raises IntegrityError if they do not fit together."""
     try:
-        blobs = [descriptor(layer) for layer in manifest["layers"]]
+        blobs = [_as_oci(descriptor(layer)) for layer in manifest["layers"]]
         diff_ids = [str(diff_id) for diff_id in config["rootfs"]["diff_ids"]]
-        dict(config.get("config") or {})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise IntegrityError(f"{name} is no image: its manifest or config lacks {error}") from error
+    except (KeyError, TypeError) as error:
+        raise IntegrityError(f"the manifest or the config of {name} is malformed: {error!r}", _DAMAGED) from error
+    if wrong := _wrong_field(config):
+        raise IntegrityError(f"the config of {name} is malformed: its {wrong} is not what it should be", _DAMAGED)
     if len(blobs) != len(diff_ids):
-        raise IntegrityError(f"{name} has {len(blobs)} layers, its config lists {len(diff_ids)}")
+        raise IntegrityError(f"{name} has {len(blobs)} layers, its config lists {len(diff_ids)}", _DAMAGED)
     layers = tuple(WrittenLayer(blob, diff_id) for blob, diff_id in zip(blobs, diff_ids, strict=True))
     return BaseImage(name, config, layers, open_blob, repository)
+
+
+DOCKER_LAYERS = {
+    "application/vnd.docker.image.rootfs.diff.tar": LAYER,
+    "application/vnd.docker.image.rootfs.diff.tar.gzip": LAYER_GZIP,
+}
+"""Docker's names for the same bytes: an OCI manifest, which ours is, names them in OCI's way."""
+
+
+def _as_oci(blob: Descriptor) -> Descriptor:
+    return dataclasses.replace(blob, media_type=DOCKER_LAYERS.get(blob.media_type, blob.media_type))
+
+
+_DAMAGED = "it was damaged or never an image: make it again, or name another one"
+
+
+def _wrong_field(config: Json) -> str | None:
+    """The first field of an image config that is of another type than its specification says."""
+    settings = config.get("config") or {}
+    variables = settings.get("Env") or [] if isinstance(settings, dict) else None
+    right = {
+        "config": isinstance(settings, dict),
+        "Env": isinstance(variables, list) and all(isinstance(variable, str) for variable in variables),
+        "history": isinstance(config.get("history") or [], list),
+        **{field: isinstance(config.get(field) or "", str) for field in ("os", "architecture", "variant")},
+    }
+    return next((field for field, well in right.items() if not well), None)
 
 
 VARIANTS = {"amd64/v1": "amd64", "arm64/v8": "arm64", "arm64/8": "arm64", "arm": "arm/v7", "arm/7": "arm/v7"}
@@ -81,5 +122,6 @@ def _normal(platform: str) -> tuple[str, str]:
 
 
 def platform_of(base: BaseImage) -> str:
-    """What a base says it is for."""
-    return _platform(base.config) or "linux/amd64"
+    """What a base says it is for; what it does not say is what most are for."""
+    said = {field: base.config.get(field) for field in ("os", "architecture", "variant")}
+    return _platform({**said, "os": said["os"] or "linux", "architecture": said["architecture"] or "amd64"})

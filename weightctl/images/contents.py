@@ -59,8 +59,10 @@ class _Layer:
     note: str = ""
     entries: dict[str, str] = field(default_factory=dict)
     """Absolute path → SHA-256 of a file, or else what it is."""
-    removed: list[str] = field(default_factory=list)
+    removed: set[str] = field(default_factory=set)
     """Paths below which nothing of the layers below is left, nor they themselves."""
+    above: set[str] = field(default_factory=set)
+    """The directories that entries lie in."""
 
 
 class _Digesting(io.RawIOBase):
@@ -146,7 +148,7 @@ def _unpacked(media_type: str, raw: _Digesting) -> _Digesting | None:
 
 
 def _unpacking_errors() -> tuple[type[Exception], ...]:
-    known = (EOFError, gzip.BadGzipFile, zlib.error, tarfile.TarError, ValueError)
+    known = (EOFError, gzip.BadGzipFile, zlib.error, tarfile.TarError, RecursionError, ValueError)
     with contextlib.suppress(ImportError):
         import zstandard
 
@@ -154,8 +156,8 @@ def _unpacking_errors() -> tuple[type[Exception], ...]:
     return known
 
 
-class _Entry(tarfile.TarInfo):
-    """A member whose header is of a size that can be meant."""
+class Entry(tarfile.TarInfo):
+    """A tar's member whose header is of a size that can be meant."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> Any:
         special = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, *tarfile.GNU_TYPES)
@@ -166,7 +168,7 @@ class _Entry(tarfile.TarInfo):
 
 def _entries(stream: _Digesting, directory: str) -> Iterator[tuple[str, str | None]]:
     """The path of every entry in or above `directory`, and its file's SHA-256, what it is, or None for a directory."""
-    with tarfile.open(fileobj=stream, mode="r|", bufsize=READ_BYTES, tarinfo=_Entry) as archive:
+    with tarfile.open(fileobj=stream, mode="r|", bufsize=READ_BYTES, tarinfo=Entry) as archive:
         for member in archive:
             path = posixpath.normpath("/" + member.name.lstrip("/"))
             if not _is_below(path, directory) and not _is_below(directory, posixpath.dirname(path)):
@@ -186,15 +188,16 @@ def _entries(stream: _Digesting, directory: str) -> Iterator[tuple[str, str | No
 def _note_entry(path: str, content: str | None, found: _Layer) -> None:
     parent, name = posixpath.split(path)
     if name == OPAQUE:
-        found.removed.append(parent)
+        found.removed.add(parent)
     elif name.startswith(WHITEOUT):
-        found.removed.append(posixpath.join(parent, name.removeprefix(WHITEOUT)))
+        found.removed.add(posixpath.join(parent, name.removeprefix(WHITEOUT)))
     elif content is None:
         found.entries.pop(path, None)
     else:
-        found.removed.append(path)
-        for below in [other for other in found.entries if other.startswith(f"{path}/")]:
-            del found.entries[below]
+        if path in found.above:
+            found.entries = {other: what for other, what in found.entries.items() if not _is_below(other, path)}
+        found.removed.add(path)
+        found.above.update(_up_from(parent))
         found.entries[path] = content
 
 
@@ -202,10 +205,8 @@ def _merged(layers: list[_Layer]) -> dict[str, str]:
     """The entries of the layers, one on the other."""
     merged: dict[str, str] = {}
     for layer in layers:
-        for gone in layer.removed:
-            for path in [path for path in merged if _is_below(path, gone)]:
-                del merged[path]
-        merged.update(layer.entries)
+        left = {path: what for path, what in merged.items() if layer.removed.isdisjoint(_up_from(path))}
+        merged = {**left, **layer.entries}
     return merged
 
 
@@ -219,6 +220,14 @@ def _differences(entries: dict[str, str], directory: str, model: Snapshot) -> It
             what = content if content.startswith(("a ", "no ")) else "another file than the model's"
             yield f"{file.path} is {what} in the image"
     yield from (f"{path} is in the image but not in the model" for path in sorted(there))
+
+
+def _up_from(path: str) -> Iterator[str]:
+    """The path, and every directory that it lies in."""
+    yield path
+    while path != "/":
+        path = posixpath.dirname(path)
+        yield path
 
 
 def _is_below(path: str, directory: str) -> bool:

@@ -15,7 +15,7 @@ from weightctl.config import Config, expanded
 from weightctl.digests import Check, DigestCache, check_against, check_files
 from weightctl.errors import IntegrityError, UsageError, translated_os_errors
 from weightctl.images.base import Baked, Images, Preview, describe, images
-from weightctl.images.bases import base_image, choose, descriptor
+from weightctl.images.bases import base_image, choose, descriptor, index_entries
 from weightctl.images.contents import check_image
 from weightctl.images.layers import LayerPlan, copy_blob, remembered_layer, write_layer
 from weightctl.images.oci import (
@@ -70,14 +70,16 @@ class LayoutImages(Images):
             new = [layer for layer in new if not self._may_hold(layer)]
             storage.check_space(self.path, sum(layer.size for layer in new))
             with progress.task("baking", sum(file.size for layer in plan.layers for file in layer.files)) as task:
-                storage.in_parallel(lambda blob: self._copy_base_blob(plan, blob), plan.base_blobs, config.workers)
+                copied = storage.in_parallel(
+                    lambda blob: self._copy_base_blob(plan, blob), plan.base_blobs, config.workers
+                )
                 layers = storage.in_parallel(
                     lambda layer: self._write_layer(layer, unknown, task), plan.layers, config.workers
                 )
             written = [layer for layer, _ in layers]
             image_config = plan.config(written)
             manifest = plan.manifest(Descriptor.of(CONFIG, image_config), written)
-            new_bytes = sum(layer.blob.size for layer, reused in layers if not reused)
+            new_bytes = sum(copied) + sum(layer.blob.size for layer, reused in layers if not reused)
             new_bytes += sum(self._write_small(content) for content in (image_config, manifest))
             replaced = self._name(Descriptor.of(MANIFEST, manifest), name, plan.platform)
             if gone := self._only_reachable_from(replaced):
@@ -146,15 +148,16 @@ class LayoutImages(Images):
         self._require_layout()
         what = f"layout:{self.path}" + (f"#{tag}" if tag else "")
         entries = self._read_index()["manifests"]
-        tagged = [entry for entry in entries if tag in (None, (entry.get("annotations") or {}).get(TAG_ANNOTATION))]
+        tagged = [entry for entry in entries if tag in (None, _tag(entry))]
         if not tagged:
-            raise UsageError(f"there is no image {what}", "see index.json there for the tags")
+            known = ", ".join(filter(None, map(_tag, entries))) or "none"
+            raise UsageError(f"there is no image {what}", f"its tags: {known}")
         return self._open_image(choose(tagged, platform, what), platform, what)
 
     def _open_image(self, entry: Any, platform: str | None, what: str) -> BaseImage:
         manifest = self._read_json(entry)
         if "manifests" in manifest:
-            manifest = self._read_json(choose(manifest["manifests"], platform, what))
+            manifest = self._read_json(choose(index_entries(manifest, what), platform, what))
         config = self._read_json(manifest.get("config"))
         return base_image(what, manifest, config, lambda blob: self.blob(blob.digest).open("rb", buffering=0))
 
@@ -234,11 +237,14 @@ class LayoutImages(Images):
             staged.publish(self.blob(written.blob.digest))
         return written, False
 
-    def _copy_base_blob(self, plan: ImagePlan, blob: Descriptor) -> None:
-        if not self._holds(blob.digest, blob.size):
-            with storage.staged_file(self._staging) as staged:
-                copy_blob(plan.open_base_blob(blob), blob, [storage.write_all(staged.stream)], Task())
-                staged.publish(self.blob(blob.digest))
+    def _copy_base_blob(self, plan: ImagePlan, blob: Descriptor) -> int:
+        """How many bytes it took to have the base's blob."""
+        if self._holds(blob.digest, blob.size):
+            return 0
+        with storage.staged_file(self._staging) as staged:
+            copy_blob(plan.open_base_blob(blob), blob, [storage.write_all(staged.stream)], Task())
+            staged.publish(self.blob(blob.digest))
+        return blob.size
 
     def _unknown_sizes(self, plan: ImagePlan) -> set[int]:
         """Sizes of the blobs that may be layers of the plan: hashing one of such a size first may save writing it."""
@@ -293,14 +299,23 @@ class LayoutImages(Images):
         """
         try:
             return self._reachable(entries) - self._reachable(self._read_index()["manifests"])
-        except (IntegrityError, LookupError, TypeError, ValueError):
+        except (IntegrityError, LookupError, RecursionError, TypeError, ValueError):
             return set()
 
     def _reachable(self, entries: list[dict[str, Any]]) -> set[str]:
         """The digests of all blobs that the entries of an index lead to. Raises IntegrityError if one is unreadable."""
-        found = set()
-        for entry in entries:
-            content = self._read_json(entry)
-            blobs = [entry, *content.get("layers", []), *([content["config"]] if "config" in content else [])]
-            found |= {descriptor(blob).digest for blob in blobs} | self._reachable(content.get("manifests", []))
+        found: set[str] = set()
+        waiting = [*entries]
+        while waiting:
+            entry = waiting.pop()
+            if descriptor(entry).digest not in found:
+                content = self._read_json(entry)
+                blobs = [entry, *content.get("layers", []), *([content["config"]] if "config" in content else [])]
+                found |= {descriptor(blob).digest for blob in blobs}
+                waiting += content.get("manifests", [])
         return found
+
+
+def _tag(entry: dict[str, Any]) -> str | None:
+    tag = (entry.get("annotations") or {}).get(TAG_ANNOTATION)
+    return tag if isinstance(tag, str) else None

@@ -15,7 +15,7 @@ from weightctl.config import Config
 from weightctl.digests import Check
 from weightctl.errors import IntegrityError, UsageError, translated_os_errors
 from weightctl.images.base import Baked, Images, Preview, describe, images
-from weightctl.images.bases import base_image, choose, descriptor
+from weightctl.images.bases import base_image, choose, descriptor, index_entries, is_runnable
 from weightctl.images.contents import check_image
 from weightctl.images.layers import LayerPlan, known_layer, open_layer, remembered_layer
 from weightctl.images.oci import (
@@ -91,17 +91,18 @@ class RemoteImages(Images):
         return Baked(Descriptor.of(MANIFEST, manifest).digest, describe(plan.layers, layers), sum(push.sent_bytes))
 
     def check(self, against: Snapshot | None = None, *, config: Config, progress: Progress) -> Check:
-        """See `Images.check`. Of an image for several platforms, all of them."""
+        """See `Images.check`. Of an image for several platforms, all of them; attestations hold no model."""
         client, found, manifest = self._open(config)
         checks = [Check(0, 0, ())]
-        for blob, value in _images(client, found, manifest):
+        for blob, value, runnable in _images(client, found, manifest):
             try:
                 settings = descriptor(value["config"])
                 image = base_image(f"{client}@{blob.digest}", value, _read_config(client, settings), client.open_blob)
             except (IntegrityError, KeyError, TypeError) as error:
                 checks.append(Check(1, blob.size, (f"the image {blob.digest} is malformed: {error}",)))
                 continue
-            layers = check_image(image, against, workers=config.workers, progress=progress)
+            model = against if runnable else None
+            layers = check_image(image, model, workers=config.workers, progress=progress)
             own = layers.bytes + blob.size + settings.size
             checks.append(dataclasses.replace(layers, files=layers.files + 2, bytes=own))
         problems = tuple(dict.fromkeys(problem for check in checks for problem in check.problems))
@@ -115,7 +116,7 @@ class RemoteImages(Images):
         client, _, manifest = self._open(config)
         what = str(self._location)
         if "manifests" in manifest:
-            chosen = descriptor(choose(_entries(manifest), platform, what))
+            chosen = descriptor(choose(index_entries(manifest, what), platform, what))
             manifest = _parse(_manifest(client, chosen.digest)[1], what)
         settings = _read_config(client, descriptor(manifest.get("config")))
         return base_image(what, manifest, settings, client.open_blob, self._name)
@@ -198,21 +199,14 @@ def _manifest(client: RegistryClient, digest: str) -> tuple[Descriptor, bytes]:
 
 def _images(
     client: RegistryClient, found: Descriptor, manifest: dict[str, Any]
-) -> Iterator[tuple[Descriptor, dict[str, Any]]]:
-    """The manifest of every image that an index lists, or the one that there is."""
+) -> Iterator[tuple[Descriptor, dict[str, Any], bool]]:
+    """The manifest of all that an index lists, or the one that there is, and whether that is an image."""
     if "manifests" not in manifest:
-        yield found, manifest
+        yield found, manifest, True
         return
-    for entry in _entries(manifest):
+    for entry in index_entries(manifest, str(client)):
         blob, content = _manifest(client, descriptor(entry).digest)
-        yield blob, _parse(content, blob.digest)
-
-
-def _entries(index: dict[str, Any]) -> list[dict[str, Any]]:
-    entries = index["manifests"]
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise IntegrityError("the image's index is malformed")
-    return entries
+        yield blob, _parse(content, blob.digest), is_runnable(entry)
 
 
 def _parse(content: bytes, what: str) -> dict[str, Any]:
