@@ -17,11 +17,7 @@ from weightctl import storage
 from weightctl.digests import DigestCache, Identity, unchanging
 from weightctl.errors import IntegrityError
 from weightctl.images.compression import CompressedReader, Compressor
-from weightctl.images.oci import (
-    LAYER,
-    Descriptor,
-    WrittenLayer,
-)
+from weightctl.images.oci import LAYER, Descriptor, WrittenLayer
 from weightctl.model import File
 from weightctl.progress import Task
 

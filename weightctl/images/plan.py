@@ -10,19 +10,18 @@ from datetime import datetime
 from typing import Any, BinaryIO
 
 from weightctl.errors import UsageError
-from weightctl.images.layers import (
-    LayerPlan,
-)
-from weightctl.images.oci import (
-    MANIFEST,
-    BaseImage,
-    Descriptor,
-    WrittenLayer,
-)
+from weightctl.images.layers import LayerPlan
+from weightctl.images.oci import MANIFEST, BaseImage, Descriptor, WrittenLayer
 from weightctl.model import File, Snapshot
 
 MAX_LAYERS = 120
 """Docker 20.10 takes 125 layers and refuses more ("max depth exceeded"); some are left for whoever builds on top."""
+
+MODEL_DIRECTORY_VARIABLE = "WEIGHTCTL_MODEL_DIR"
+"""Says in the image's environment where its model is."""
+
+CREATED = "org.opencontainers.image.created"
+"""The annotation that says when."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +92,6 @@ class ImagePlan:
             "layers": [layer.blob.to_json() for layer in (*self.base_layers, *layers)],
             **({"annotations": dict(self.annotations)} if self.annotations else {}),
         })  # fmt: skip
-
-
-MODEL_DIRECTORY_VARIABLE = "WEIGHTCTL_MODEL_DIR"
-CREATED = "org.opencontainers.image.created"
 
 
 def _contents(layer: LayerPlan) -> str:
