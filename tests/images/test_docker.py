@@ -7,7 +7,9 @@ import json
 import os
 import secrets
 import tarfile
+import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,16 @@ import pytest
 
 from tests import models
 from tests.command import Outcome, weightctl
-from tests.images.conformance import Image, ImagesConformance, plan, read_layout
+from tests.images.conformance import Image, ImagesConformance, files_of, plan, read_layout
 from tests.services import docker_engine, tool
 from weightctl.config import Config
 from weightctl.errors import UsageError, WeightctlError
-from weightctl.images import Baked, DockerImages
+from weightctl.images import Baked, DockerImages, LayoutImages
+from weightctl.images.engine import connect, refusal
+from weightctl.images.engine_save import saved_image
 from weightctl.images.oci import ImageName
 from weightctl.images.plan import ImagePlan
+from weightctl.operations.base import open_base
 from weightctl.progress import Progress
 
 
@@ -62,7 +67,7 @@ class TestDockerImages(ImagesConformance):
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """Bytes of its own, so that no layer of another test makes this one pass."""
-    return models.write_model(tmp_path / "m", seed=abs(hash(tmp_path)) % 10**6)
+    return models.write_model(tmp_path / "m", seed=secrets.randbits(60))
 
 
 def bake(image: ImagePlan, name: str) -> Baked:
@@ -82,12 +87,10 @@ def import_base(name: str) -> None:
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
         tar.add(busybox, "bin/busybox")
-    path = Path(f"/tmp/{name.replace(':', '-')}.tar")
-    path.write_bytes(archive.getvalue())
-    try:
-        tool("docker", "import", *(part for change in changes for part in ("--change", change)), path, name)
-    finally:
-        path.unlink()
+    with tempfile.NamedTemporaryFile(suffix=".tar") as file:
+        file.write(archive.getvalue())
+        file.flush()
+        tool("docker", "import", *(part for change in changes for part in ("--change", change)), file.name, name)
 
 
 def test_a_container_finds_the_files(model: Path, tmp_path: Path) -> None:
@@ -142,6 +145,28 @@ def test_a_template_is_built_below_the_weights(model: Path, tmp_path: Path) -> N
     assert read_layout(layout, "v2").config["rootfs"]["diff_ids"][-3:] == weights
 
 
+def test_a_template_without_a_layer(model: Path, tmp_path: Path) -> None:
+    template = tmp_path / "Dockerfile.template"
+    template.write_text('FROM scratch\nLABEL model="{{ name }}"\n')
+    layout = tmp_path / "layout"
+    outcome = weightctl("bake", model, "--tag", "m:v1", "--to", f"layout:{layout}", "--template", template)
+    assert outcome.code == 0, outcome.stderr
+    image = read_layout(layout, "v1")
+    assert image.config["config"]["Labels"] == {"model": "m"}
+    assert len(image.layers) == 3
+
+
+def test_a_full_engine_is_to_be_cleared() -> None:
+    assert refusal("write /layer.tar: no space left on device").hint != refusal("no such image").hint
+    assert "docker system prune" in str(refusal("write /layer.tar: no space left on device").hint)
+
+
+def test_what_an_engine_cannot_save_is_its_own_fault(model: Path, tmp_path: Path) -> None:
+    built = DockerImages().build("FROM scratch\nLABEL a=b\n", None, Progress())
+    with connect() as engine, pytest.raises(WeightctlError, match="the Docker engine refuses: empty export"):
+        saved_image(engine, inspect(built), built, tmp_path)
+
+
 def test_a_template_that_does_not_build(model: Path, tmp_path: Path) -> None:
     template = tmp_path / "Dockerfile.template"
     template.write_text("FROM scratch\nNONSENSE\n")
@@ -166,10 +191,27 @@ def test_an_engine_image_below_a_layout(model: Path, tmp_path: Path) -> None:
     assert weightctl("verify", layout, "--against", model).code == 0
 
 
+def test_a_layer_that_the_engine_image_has_twice(model: Path, tmp_path: Path) -> None:
+    below = LayoutImages(str(tmp_path / "below"))
+    app = models.write_model(tmp_path / "app", seed=secrets.randbits(60))
+    below.bake(plan(app, "/app"), ImageName.parse("below:v1"), config=Config(), progress=Progress())
+    once = below.open_base("v1", None)
+    twice = replace(once, layers=once.layers * 2, config={**once.config, "history": []})
+    bake(plan(model, base=twice), "engine-twice:v1")
+    with ExitStack() as scratch:
+        base = open_base("docker:engine-twice:v1", None, "layout", scratch, config=Config())
+        above = LayoutImages(str(tmp_path / "above"))
+        name = ImageName.parse("above:v1")
+        above.bake(plan(model, "/again", base=base), name, config=Config(), progress=Progress())
+    files = read_layout(tmp_path / "above", "v1").files
+    assert files == {**files_of(app, "/app"), **files_of(model), **files_of(model, "/again")}
+
+
 def test_no_engine(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere/docker.sock")
-    with pytest.raises(WeightctlError, match="no Docker engine answers at unix:///nowhere"):
-        bake(plan(model), "m:v1")
+    for host, why in {"foo://bar": "Invalid bind address", "unix:///nowhere/docker.sock": "No such file"}.items():
+        monkeypatch.setenv("DOCKER_HOST", host)
+        with pytest.raises(WeightctlError, match=f"no Docker engine answers at {host}: {why}"):
+            bake(plan(model), "m:v1")
     outcome = weightctl("bake", model, "--tag", "org/m:v1", cwd=tmp_path)
     assert outcome.code == 0
     assert "baking to layout:./m.oci, since no Docker engine answers" in outcome.stderr

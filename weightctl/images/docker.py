@@ -42,7 +42,7 @@ class DockerImages(Images):
         if reason := super().unavailable():
             return reason
         try:
-            with connect(timeout=2) as engine:
+            with connect(timeout=20) as engine:  # on a busy machine it takes its time
                 engine.api.ping()
         except WeightctlError as error:
             return error.message
@@ -96,8 +96,9 @@ class DockerImages(Images):
             if diff_ids(image) != expected:
                 raise IntegrityError(f"the engine holds other layers under {name} than were sent", "bake again")
             engine_load.remove_unfinished(engine, expected)
-        rows = [(layer, number in held) for number, layer in enumerate(written, len(plan.base_layers))]
-        return Baked(image["Id"], describe(plan.layers, rows), sum(row.blob.size for row, old in rows if not old))
+        rows = [(layer, number in held) for number, layer in enumerate((*plan.base_layers, *written))]
+        sent_bytes = sum(layer.blob.size for layer, old in rows if not old)
+        return Baked(image["Id"], describe(plan.layers, rows[len(plan.base_layers) :]), sent_bytes)
 
     def build(self, dockerfile: str, platform: str | None, progress: Progress) -> str:
         """Have the engine build an image with an empty context. Returns its ID; raises WeightctlError as it fails."""
@@ -127,8 +128,8 @@ class DockerImages(Images):
     def open_base(self, name: str, directory: Path, *, into_itself: bool) -> BaseImage | None:
         """The engine's image of that name; None if it has none.
 
-        Its layers are saved as files in `directory`, unless the image stays in the engine and that needs no more than
-        their names.
+        Its layers, if it has any, are saved as files in `directory`, unless the image stays in the engine and that
+        needs no more than their names.
         """
         import docker.errors
 
@@ -137,6 +138,6 @@ class DockerImages(Images):
                 image = engine.api.inspect_image(name)
             except docker.errors.ImageNotFound:
                 return None
-            if into_itself and engine.store == "classic":
+            if not diff_ids(image) or (into_itself and engine.store == "classic"):
                 return named_image(image, name)
             return saved_image(engine, image, name, directory)

@@ -16,6 +16,7 @@ from weightctl.errors import WeightctlError, translated_os_errors
 from weightctl.images.layers import known_layer, remembered_layer
 from weightctl.images.oci import WrittenLayer
 from weightctl.images.plan import MODEL_DIRECTORY_VARIABLE, ImagePlan
+from weightctl.images.transport import reason
 from weightctl.images.uploads import Memory
 from weightctl.progress import Task
 
@@ -33,27 +34,41 @@ def connect(timeout: int = 24 * 3600) -> Iterator[Engine]:
     Raises WeightctlError if none answers, and for whatever goes wrong with it in the block.
     """
     import docker
-    import docker.errors
-    import requests
 
-    where = os.environ.get("DOCKER_HOST", "its usual socket")
-    try:
+    with engine_errors():
         client = docker.from_env(timeout=timeout)
         try:
             yield Engine(client.api)
         finally:
             client.close()
+
+
+@contextlib.contextmanager
+def engine_errors() -> Iterator[None]:
+    """Turn what the docker package raises in the block into a `WeightctlError`."""
+    import docker.errors
+    import requests
+
+    where = os.environ.get("DOCKER_HOST", "its usual socket")
+    try:
+        yield
     except docker.errors.APIError as error:
-        full = "no space left" in str(error)
-        hint = "free some of the engine's disk: docker system prune" if full else "see the engine's log"
-        raise WeightctlError(f"the Docker engine refuses: {error.explanation or error}", hint) from error
+        raise refusal(str(error.explanation or error)) from error
     except (docker.errors.DockerException, requests.RequestException, OSError) as error:
         if isinstance(error, OSError) and error.filename:  # a file of the model, not the engine's socket
             with translated_os_errors("read the model"):
                 raise
         raise WeightctlError(
-            f"no Docker engine answers at {where}", "start it, set DOCKER_HOST, or bake with --to layout:DIR"
+            f"no Docker engine answers at {where}: {reason(error, str(error).partition(chr(10))[0])}",
+            "start it, set DOCKER_HOST, or bake with --to layout:DIR",
         ) from error
+
+
+def refusal(words: str) -> WeightctlError:
+    """What an engine says of why it does not do as it is told, as an error of ours."""
+    full = "no space left" in words
+    hint = "free some of the engine's disk: docker system prune" if full else "see the engine's log"
+    return WeightctlError(f"the Docker engine refuses: {words}", hint)
 
 
 class Engine:

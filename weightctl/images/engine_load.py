@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, BinaryIO
 
-from weightctl.errors import IntegrityError, WeightctlError, translated_os_errors
+from weightctl.errors import IntegrityError, translated_os_errors
 from weightctl.images.archive import TarWriter, docker_manifest
-from weightctl.images.engine import PIPE_BYTES, Engine, diff_ids
+from weightctl.images.engine import PIPE_BYTES, Engine, diff_ids, refusal
 from weightctl.images.layers import LayerPlan, copy_blob, known_layer, write_layer
 from weightctl.images.oci import CONFIG, MANIFEST, Descriptor, ImageName, WrittenLayer, image_index
 from weightctl.images.plan import ImagePlan
@@ -101,7 +101,7 @@ def _load(api: docker.APIClient, write: Callable[[BinaryIO], str]) -> str:
         try:
             for message in api.load_image(blocks(), quiet=False):
                 if "error" in message:
-                    raise WeightctlError(f"the Docker engine refuses the image: {message['error']}")
+                    raise refusal(str(message["error"]))
         finally:
             source.close()  # a writer that still waits ends with a broken pipe
         return making.result()

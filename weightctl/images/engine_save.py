@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from weightctl.digests import hash_files
 from weightctl.errors import WeightctlError, translated_os_errors
-from weightctl.images.engine import PIPE_BYTES, Engine, diff_ids
+from weightctl.images.engine import PIPE_BYTES, Engine, diff_ids, engine_errors
 from weightctl.images.oci import LAYER, LAYER_GZIP, LAYER_ZSTD, BaseImage, Descriptor, WrittenLayer
 from weightctl.model import File
 from weightctl.progress import Progress
@@ -38,13 +38,14 @@ def named_image(image: dict[str, Any], name: str) -> BaseImage:
 def saved_image(engine: Engine, image: dict[str, Any], name: str, directory: Path) -> BaseImage:
     """A base whose layers are saved as files in `directory`. Raises WeightctlError if the engine saves them oddly."""
     chunks = _Chunks(engine.api.get_image(name, chunk_size=PIPE_BYTES))
-    with translated_os_errors(f"save {name} in {directory}"), tarfile.open(fileobj=chunks, mode="r|") as saved:
-        files = _extract(saved, directory)
     try:
+        with translated_os_errors(f"save {name} in {directory}"), tarfile.open(fileobj=chunks, mode="r|") as saved:
+            files = _extract(saved, directory)
         names = json.loads(files["manifest.json"].read_bytes())[0]["Layers"]
         found = [_saved_layer(files[layer], diff_id) for layer, diff_id in zip(names, diff_ids(image), strict=True)]
-    except (KeyError, ValueError, TypeError, IndexError) as error:
-        raise WeightctlError(f"the engine saved {name} in a form that is not known: {error!r}") from error
+    except (KeyError, ValueError, TypeError, IndexError, tarfile.TarError) as error:
+        message = f"the engine saved {name} in a form that is not known: {error!r}"
+        raise WeightctlError(message, "push it, and name it as --base registry:NAME") from error
     paths = {layer.blob.digest: path for layer, path in found}
     opened = functools.partial(_open_saved, paths)
     return BaseImage(name, _config_of(image), tuple(layer for layer, _ in found), opened)
@@ -68,7 +69,8 @@ class _Chunks(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        self._left = self._left or next(self._chunks, b"")
+        with engine_errors():  # which are OSErrors too: they must not be taken for those of the files saved to
+            self._left = self._left or next(self._chunks, b"")
         count = min(len(buffer), len(self._left))
         buffer[:count], self._left = self._left[:count], self._left[count:]
         return count
