@@ -40,13 +40,34 @@ def test_what_is_harmed_exits_3_and_is_named_also_as_json(pushed: Path, tmp_path
     target = f"volume:{tmp_path / 'volume'}#m@{pushed.name}"
     done = weightctl("verify", target)
     assert (done.code, done.stdout) == (3, "")
-    assert "config.json cannot be read" in done.stderr
-    assert "model-00002-of-00002.safetensors is damaged" in done.stderr
+    cut, damaged = done.stderr.splitlines()[1:3]
+    assert f"error: {target} has 2 problems:\n" in done.stderr
+    assert "config.json cannot be read" in cut
+    assert "model-00002-of-00002.safetensors is damaged" in damaged
     assert "hint: " in done.stderr
     told = weightctl("verify", target, "--json")
     assert told.code == 3
     assert told.result["verified"] is False
     assert len(told.result["problems"]) == 2
+
+
+def test_of_very_many_problems_the_first_are_told(tmp_path: Path) -> None:
+    (tmp_path / "volume").mkdir()
+    (tmp_path / "m").mkdir()
+    for number in range(25):
+        (tmp_path / "m" / f"{number:02}.json").write_text("{}")
+    version = Path(weightctl("push-volume", tmp_path / "m", tmp_path / "volume").stdout.strip())
+    for file in version.iterdir():
+        file.unlink()
+    told = weightctl("verify", f"volume:{tmp_path / 'volume'}#m").stderr
+    assert told.count("cannot be read") == 20
+    assert "and 5 more: --json lists them\nhint: " in told
+
+
+def test_a_directory_that_is_called_as_a_kind_of_image_is(tmp_path: Path) -> None:
+    models.write_model(tmp_path / "m")
+    weightctl("bake", "./m", "--tag", "m:v1", "--to", "layout:layout", cwd=tmp_path)
+    assert weightctl("verify", "layout", cwd=tmp_path).code == 0
 
 
 def test_nothing_to_verify_exits_2(tmp_path: Path) -> None:

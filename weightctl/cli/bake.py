@@ -36,11 +36,15 @@ def bake(
     ] = None,
     path: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="The model's directory there [default: /models/NAME].", show_default=False),
+        typer.Option(
+            metavar="DIR", help="The model's directory in the image [default: /models/NAME].", show_default=False
+        ),
     ] = None,
     platform: Annotated[
         str | None,
-        typer.Option(metavar="OS/ARCH", help="[default: the base's, or linux/amd64].", show_default=False),
+        typer.Option(
+            metavar="OS/ARCH", help="What the image runs on [default: the base's, or linux/amd64].", show_default=False
+        ),
     ] = None,
     compression: Annotated[
         str, typer.Option(metavar="KIND", help="none, zstd or gzip: not for engines that keep layers unpacked.")
@@ -86,7 +90,7 @@ def _todo(plan: BakePlan) -> str:
     layers = ui.count(len(plan.layers), "layer")
     lines = [
         f"{layers} ({existing} there), {ui.size(plan.write_bytes)} to write to {plan.target}",
-        f"disk needed: {ui.size(plan.peak_disk_bytes)}",
+        *([f"disk needed: {ui.size(plan.peak_disk_bytes)}"] if plan.peak_disk_bytes else []),
         *([f"to fetch first: {ui.size(plan.missing_bytes)}"] if plan.missing_bytes else []),
         *(f"would fail: {problem}" for problem in plan.problems),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -10,13 +11,17 @@ from weightctl.cli import options, ui
 from weightctl.config import Config
 from weightctl.errors import IntegrityError
 
+MOST_PROBLEMS = 20
+"""Printed; --json has all of them."""
+
 
 def verify(
     target: Annotated[
         str,
         typer.Argument(
             metavar="TARGET",
-            help="A model's directory, volume:DIR#name, an OCI layout, a registry's NAME:TAG or a Tensorizer file.",
+            help="A model's directory, volume:DIR#name, an OCI layout or archive, a registry's NAME:TAG or a "
+            "Tensorizer file.",
         ),
     ],
     against: Annotated[
@@ -39,7 +44,16 @@ def verify(
     if json:
         ui.show_json(result)
     if result.problems:
-        raise IntegrityError("; ".join(result.problems), "fetch or make it again")
+        raise IntegrityError(_listed(target, result.problems), "fetch or make it again")
     if not json:
         done = f"{ui.count(result.files, 'file')}, {ui.size(result.bytes)}, verified in {ui.seconds(result.seconds)}"
         ui.show_result(result, json, target, done)
+
+
+def _listed(target: str, problems: Sequence[str]) -> str:
+    """One problem as it is, several a line each."""
+    if len(problems) == 1:
+        return problems[0]
+    more = len(problems) - MOST_PROBLEMS
+    rest = [f"and {more} more: --json lists them"] if more > 0 else []
+    return "\n       ".join([f"{target} has {len(problems)} problems:", *problems[:MOST_PROBLEMS], *rest])

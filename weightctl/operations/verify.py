@@ -49,7 +49,8 @@ def verify(target: str, against: str | None = None, *, config: Config, progress:
         model = _hashed(against, config, progress) if against else None
         found = image.check(model, config=config, progress=progress)
     elif against is not None:
-        raise UsageError(f"only an image is compared with a model, and {target!r} is none")
+        hint = "give a layout, an archive or NAME:TAG, or leave out --against"
+        raise UsageError(f"there is no image at {target!r} to compare with a model", hint)
     else:
         found = _check(target, config, progress)
     return VerifyResult(target, found.files, found.bytes, not found.problems, found.problems, time.monotonic() - began)
@@ -57,9 +58,9 @@ def verify(target: str, against: str | None = None, *, config: Config, progress:
 
 def _image(target: str) -> Images | None:
     """Where the image is that the target names: by its backend, by what lies there, or in a registry by its name."""
-    kind, _, location = target.partition(":")
-    if kind in ("archive", "layout", "registry"):
-        return images.get(kind)(location)
+    kind, colon, location = target.partition(":")
+    if colon and kind in images.names():
+        return images.get(kind)("" if kind == "docker" else location)
     path = expanded(target)
     with translated_os_errors(f"read {path}"):
         if (path / "oci-layout").is_file():
