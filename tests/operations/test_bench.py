@@ -23,11 +23,13 @@ from tests.command import start
 from tests.command import weightctl as command
 from tests.models import wait_for
 from weightctl.benchmark.results import BenchResult, Row, read_result, write_result
+from weightctl.benchmark.runner import Job, run_load
 from weightctl.config import Config
 from weightctl.errors import IntegrityError, UsageError
-from weightctl.loaders import loaders
+from weightctl.loaders import loaders, open_stored
 from weightctl.operations.bench import bench as operation
 from weightctl.progress import Progress
+from weightctl.sources.directory import read_directory
 from weightctl.storage import TEMPORARY_SUFFIX
 
 ROW = [
@@ -36,9 +38,9 @@ ROW = [
 ]  # fmt: skip
 
 
-def bench(model: Path, *strategies: str, runs: int = 1, timeout: int = 60, **options: object) -> BenchResult:
+def bench(model: Path, *strategies: str, runs: int = 1, **options: object) -> BenchResult:
     """Without a round to warm up."""
-    config = Config(runs=runs, timeout=timeout, device="cpu")
+    config = Config(runs=runs, device="cpu")
     given = {"warm_up": False, **options}
     return operation(str(model), strategies=strategies, **given, config=config, progress=Progress())  # type: ignore[arg-type]
 
@@ -87,10 +89,11 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     importlib.import_module("tests.benchmark.strategies")
 
 
-def test_a_real_model_as_a_user_does_it(minilm: Path, tmp_path: Path) -> None:
+def test_a_real_model_as_a_user_does_it(minilm: Path, tmp_path: Path, home: Path) -> None:
+    model = shutil.copytree(minilm, home / "model")  # what nobody else has mapped, and so can be dropped from the cache
     caches = ("--cache", "warm", "--cache", "cold")
     arguments = ("--device", "cpu", "--runs", 1, *caches, "--strategy", "pipelined", "--output", "result.json")
-    outcome = command("bench", minilm, *arguments, cwd=tmp_path, timeout=400, TMPDIR=str(tmp_path))
+    outcome = command("bench", model, *arguments, cwd=tmp_path, TMPDIR=str(tmp_path))
     assert outcome.code == 0, outcome.stderr
     assert max(len(line) for line in outcome.stdout.splitlines() if " unavailable: " not in line) <= 80
     assert [path.name for path in tmp_path.iterdir() if "torch" not in path.name] == ["result.json"]
@@ -114,7 +117,7 @@ def test_a_real_model_as_a_user_does_it(minilm: Path, tmp_path: Path) -> None:
         assert measured["phases"].keys() == {"start", "imports", "device", "loading"}
         assert measured["residency"] <= 0.05 if measured["cache"] == "cold" else measured["residency"] >= 0.95
         assert measured["strategy"] in outcome.stdout
-    private = (str(tmp_path), str(minilm), os.uname().nodename, str(Path.home()))
+    private = (str(tmp_path), str(model), os.uname().nodename, str(Path.home()))
     assert not any(word in json.dumps(result["environment"]) for word in private)
 
 
@@ -133,6 +136,12 @@ def test_transformers_that_converts_is_found_out(tmp_path: Path) -> None:
     measured = row(bench(directory, "transformers"), "transformers")
     assert measured.status == "failed"
     assert "float16" in str(measured.reason)
+
+
+def test_a_model_is_built_around_what_was_converted_too(tmp_path: Path) -> None:
+    measured = row(bench(models.saved(models.llama(), tmp_path), "tensorizer", construct=True), "tensorizer")
+    assert measured.status == "ok", measured.reason
+    assert measured.phases["construction"] > 0
 
 
 @pytest.mark.usefixtures("fakes")
@@ -159,9 +168,10 @@ def test_what_loads_something_else_is_failed_not_timed(tmp_path: Path) -> None:
 def test_what_hangs_is_stopped_with_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     word = f"hanging-{tmp_path.name}-{os.getpid()}"
     monkeypatch.setenv("HANGS", word)
-    measured = row(bench(small_model(tmp_path), "hangs", timeout=8), "hangs")
-    assert measured.status == "failed"
-    assert "after 8 seconds" in str(measured.reason)
+    snapshot = read_directory(small_model(tmp_path))
+    job = Job.of(open_stored(snapshot), "cpu", tmp_path, Config(timeout=8), Progress())
+    measured = run_load(loaders.get("hangs")(), snapshot, "warm", 1, job)
+    assert (measured.status, measured.reason) == ("failed", "it was stopped: it had not ended after 8 seconds")
     wait_for(lambda: not processes(word))
 
 
@@ -172,7 +182,7 @@ def test_an_interrupted_bench_leaves_no_process(tmp_path: Path) -> None:
     wait_for(lambda: children(process.pid))
     running = children(process.pid)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate()
     assert process.returncode in (130, -signal.SIGINT)  # during an import it ends Python by the signal itself
     wait_for(lambda: not running & processes("weightctl.benchmark.child"))
     assert list((tmp_path / "tmp").glob("weightctl*")) == []
@@ -188,7 +198,7 @@ def test_a_killed_bench_leaves_no_process_and_the_next_one_no_file(tmp_path: Pat
     running = children(process.pid)
     assert running
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate()
     wait_for(lambda: not processes(word) | running & processes("weightctl.benchmark.child"))
     assert len(list(temporary.glob("weightctl-*"))) == 1
     arguments = ("bench", model, "--strategy", "safetensors", "--runs", 1, "--device", "cpu", "--json")
