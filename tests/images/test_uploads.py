@@ -72,6 +72,7 @@ SURVIVED: dict[str, list[dict[str, Any]]] = {
     "failures everywhere": [
         {"method": method, "path": "", "status": 502} for method in ("GET", "HEAD", "POST", "PATCH", "PUT")
     ],
+    "an error page without end": [{"method": "PATCH", "path": "", "status": 502, "body": bytes(5 * MIB)}],
     "a limit": [{"method": "POST", "path": "", "status": 429, "headers": {"Retry-After": "1"}}],
     "a cut in the middle of a chunk": [{"method": "PATCH", "path": "", "skip": 3, "cut_after": 300_000}],
     "a cut in every third chunk": [

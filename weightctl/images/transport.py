@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import json
 import random
@@ -216,7 +217,10 @@ class Transport:
         status = response.status_code
         if status in statuses:
             return response
-        code, message = _registry_error(self._read(response).content)
+        content = b""
+        with contextlib.suppress(IntegrityError):  # a page without end does not say more
+            content = self._read(response).content
+        code, message = _registry_error(content)
         words = self._authorization.redact(" ".join(filter(None, (code, message[:300]))))
         hints = {
             401: f"{self._authorization.advice}: docker login {self._registry}",
