@@ -116,7 +116,7 @@ def test_a_failure_stops_what_is_being_pumped_beside_it(tmp_path: Path) -> None:
 
     def work(fails: bool) -> None:
         if fails:
-            begun.wait(10)
+            begun.wait(300)
             raise WeightctlError("the other one failed")
         storage.pump(Endless(b""), 1 << 60, [], Task())
 
@@ -128,7 +128,7 @@ def test_a_failure_ends_a_pause_beside_it() -> None:
     begun = threading.Event()
 
     def work(fails: bool) -> None:
-        begun.wait(10) if fails else begun.set()
+        begun.wait(300) if fails else begun.set()
         if fails:
             raise WeightctlError("the other one failed")
         storage.pause(3600)
@@ -318,7 +318,7 @@ def test_a_lock_keeps_others_out_until_its_holder_dies(tmp_path: Path) -> None:
     waiting.start()
     assert not entered.wait(0.2)
     kill(process)
-    assert entered.wait(10)
+    assert entered.wait(300)
     waiting.join()
 
 
@@ -351,16 +351,19 @@ def test_sync_files(tmp_path: Path, count: int) -> None:
 
 
 def test_syncing_reports_what_could_not_be_written(tmp_path: Path) -> None:
-    """Many small files on a disk that is smaller than it says: syncfs fails as fsync does."""
+    """Many small files on a disk that is smaller than it says: syncfs fails as fsync does, or a write before it."""
+
+    def write(paths: list[Path]) -> None:
+        for path in paths:
+            path.write_bytes(os.urandom(512 << 10))
+        storage.sync_files(paths, workers=2)
+
     with (
         small_disk(tmp_path / "thin", 24 << 20) as thin,
         mounted("ext4", tmp_path / "disk", image=thin / "image") as disk,
+        pytest.raises(OSError, match=r"No space|Input/output|Read-only"),
     ):
-        paths = [disk / str(number) for number in range(2 * storage.SYNC_TOGETHER)]
-        for path in paths:
-            path.write_bytes(os.urandom(512 << 10))
-        with pytest.raises(OSError, match=r"No space|Input/output|Read-only"):
-            storage.sync_files(paths, workers=2)
+        write([disk / str(number) for number in range(2 * storage.SYNC_TOGETHER)])
 
 
 def test_check_space(tmp_path: Path) -> None:
