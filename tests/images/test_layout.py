@@ -362,7 +362,7 @@ def test_two_bakes_at_once(layout: Path, model: Path, tmp_path: Path) -> None:
         start("bake", source, "--tag", f"{name}:{name}", "--to", f"layout:{layout}")
         for source, name in ((model, "a"), (other, "b"), (model, "c"))
     ]
-    digests = [process.communicate(timeout=60)[0].strip() for process in bakers]
+    digests = [process.communicate()[0].strip() for process in bakers]
     assert [process.returncode for process in bakers] == [0, 0, 0]
     assert [read_layout(layout, tag).digest for tag in "abc"] == digests
     assert leftovers(layout) == []
@@ -379,7 +379,7 @@ def test_waiting_for_another_bake_is_said_and_ends_with_it(layout: Path, model: 
         assert waiting.stderr is not None
         assert "waiting for another bake into" in waiting.stderr.readline()
         holder.kill()
-    waiting.communicate(timeout=60)
+    waiting.communicate()
     assert waiting.returncode == 0
 
 
