@@ -204,6 +204,15 @@ def test_a_token_that_ends_in_the_middle(tokened: str, tokens: TokenServer, dock
         assert used == {None, *(f"Bearer {token}" for token in tokens.issued[before:])}
 
 
+def test_a_token_that_is_refused_at_once(tokened: str, tokens: TokenServer, docker_config: Path, model: Path) -> None:
+    with ChaosProxy(tokened) as proxy:
+        log_in(docker_config, proxy.host)
+        challenge = f'Bearer realm="{tokens.url}",service="a registry",scope="repository:its/own/name:pull"'
+        proxy.fault("GET", "manifests", skip=1, status=401, headers={"WWW-Authenticate": challenge})
+        bake(model, f"{proxy.host}/refused:v1")
+    assert ("GET", "repository:refused:pull,push repository:its/own/name:pull") in tokens.asked
+
+
 # where a secret may go
 
 

@@ -169,6 +169,14 @@ def test_a_blob_of_another_repository_is_mounted(proxy: ChaosProxy, model: Path,
     assert copied(f"{proxy.registry}/second/home:v1", tmp_path / "copy").files == files_of(model)
 
 
+def test_what_may_not_be_mounted_is_sent(proxy: ChaosProxy, model: Path, tmp_path: Path) -> None:
+    bake(model, f"{proxy.host}/not/to/be/read:v1")
+    proxy.fault("POST", "mount=", times=-1, status=403)
+    again = bake(model, f"{proxy.host}/a/reader:v1")
+    assert again.written_bytes > plan(model).size
+    assert copied(f"{proxy.registry}/a/reader:v1", tmp_path / "copy").files == files_of(model)
+
+
 def test_a_base_is_mounted_and_keeps_its_digests(proxy: ChaosProxy, model: Path, tmp_path: Path) -> None:
     below = models.write_model(tmp_path / "below", seed=secrets.randbits(60))
     baked = bake(below, f"{proxy.host}/base:v1", directory="/app")
@@ -368,6 +376,13 @@ def test_a_registry_that_keeps_another_manifest_is_caught(proxy: ChaosProxy, mod
     proxy.fault("GET", "manifests/sha256", times=-1, reply_body=lambda content: content + b"\n")
     with pytest.raises(IntegrityError, match="other bytes"):
         bake(model, f"{proxy.host}/keeps:v1")
+
+
+def test_a_registry_that_keeps_no_manifest_is_caught(proxy: ChaosProxy, model: Path) -> None:
+    proxy.fault("GET", "manifests/sha256", times=-1, status=404)
+    with pytest.raises(IntegrityError, match="did not keep the manifest sha256") as caught:
+        bake(model, f"{proxy.host}/keeps/nothing:v1")
+    assert caught.value.hint
 
 
 # before any byte moves

@@ -312,6 +312,7 @@ def test_a_limit_of_an_hour_is_not_waited_for(proxy: ChaosProxy, name: str, mode
     with pytest.raises(WeightctlError, match="429") as caught:
         bake(model, name)
     assert "later" in str(caught.value.hint)
+    assert len(proxy.requests("POST")) <= 2, "once for each worker"
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:1", "[::1]:1"])
