@@ -285,6 +285,14 @@ def test_a_cut_and_a_missing_blob_are_found(registry: str, storage: Path, model:
     assert all(baked.layers[number].digest in problem for number, problem in enumerate(problems))
 
 
+def test_a_base_that_is_cut_is_said_to_be(registry: str, storage: Path, model: Path) -> None:
+    bake(model, f"{registry}/cut/base:v1")
+    base = RemoteImages(f"{registry}/cut/base:v1").open_base(None, config=CONFIG)
+    os.truncate(blob_of(storage, base.layers[0].blob.digest), 1000)
+    with base.open(base.layers[0].blob) as source, pytest.raises(IntegrityError, match="has 1000 bytes instead of"):
+        source.read()
+
+
 def test_what_the_model_has_and_the_image_has_not(registry: str, model: Path) -> None:
     bake(model, f"{registry}/differs:v1")
     models.flip_bit(model / "model-00001-of-00002.safetensors")

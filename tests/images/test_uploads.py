@@ -99,6 +99,7 @@ SURVIVED: dict[str, list[dict[str, Any]]] = {
         }
     ],
     "a flipped bit on the way": [{"method": "PATCH", "path": "", "skip": 3, "flip": True}],
+    "chunks that are always joined wrongly": [{"method": "PATCH", "path": "", "flip": True, "times": -1}],
     "a flipped bit in what is sent whole": [{"method": "PUT", "path": "uploads", "least": 4096, "flip": True}],
     "no chunks, 416": [{"method": "PATCH", "path": "", "status": 416, "times": -1}],
     "no chunks, 405": [{"method": "PATCH", "path": "", "status": 405, "times": -1}],
