@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from tests.disk import cannot
 from tests.hub_server import Hub
 
 settings.load_profile("ci")  # no deadlines, and the same examples every time: what fails fails again
@@ -46,6 +48,14 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("XDG_CONFIG_HOME", str(directory / ".config"))
     monkeypatch.setenv("HF_HOME", str(directory / "hf"))
     return directory
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> None:
+    """For what wants files out of the page cache: not where they lie nowhere else."""
+    asked = ["stat", "--file-system", "--format=%T", tmp_path]
+    if subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip() in ("tmpfs", "ramfs"):
+        cannot(f"{tmp_path} lies in memory")
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ def test_files_are_read_and_forgotten(tmp_path: Path, threads: int) -> None:
         ceilings.read_files([tmp_path / "gone"], threads)
 
 
+@pytest.mark.usefixtures("disk")
 @pytest.mark.parametrize("size", [1, 100_000, 91_000_000])
 def test_to_ask_what_is_cached_changes_nothing(tmp_path: Path, size: int) -> None:
     path = tmp_path / "model"
@@ -32,9 +33,9 @@ def test_to_ask_what_is_cached_changes_nothing(tmp_path: Path, size: int) -> Non
     (tmp_path / "empty").touch()
     paths = [tmp_path / "empty", path]
     ceilings.read_files(paths, 2)
-    assert [ceilings.residency(paths) for _ in range(2)] == [1, 1]
+    assert min(ceilings.residency(paths) for _ in range(2)) >= ceilings.WARM_RESIDENCY
     ceilings.forget_files(paths)
-    assert max(ceilings.residency(paths) for _ in range(5)) <= 0.05  # the kernel may be busy with some page
+    assert max(ceilings.residency(paths) for _ in range(5)) <= ceilings.COLD_RESIDENCY  # of busy pages a few stay
     if size > 1:
         with path.open("rb", buffering=0) as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # nothing is read ahead

@@ -89,6 +89,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     importlib.import_module("tests.benchmark.strategies")
 
 
+@pytest.mark.usefixtures("disk")
 def test_a_real_model_as_a_user_does_it(minilm: Path, tmp_path: Path, home: Path) -> None:
     model = shutil.copytree(minilm, home / "model")  # what nobody else has mapped, and so can be dropped from the cache
     caches = ("--cache", "warm", "--cache", "cold")
@@ -239,7 +240,7 @@ def test_saved_results_are_compared_shown_and_judged(tmp_path: Path) -> None:
         assert (code, why in words) == (2, True), words
 
 
-@pytest.mark.usefixtures("fakes")
+@pytest.mark.usefixtures("disk", "fakes")
 def test_a_run_that_was_not_cold_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HELD", str(tmp_path / "held"))
     measured = row(bench(small_model(tmp_path / "model", 200_000), "holds-once", caches=["cold"], runs=2), "holds-once")

@@ -143,6 +143,7 @@ def test_files_that_stay_in_memory_have_no_cold_start_and_no_cold_ceiling(tmp_pa
     assert (found.status, found.reason) == ("failed", "it was not cold: 100 % of the files was cached")
 
 
+@pytest.mark.usefixtures("disk")
 def test_a_volume_and_a_scratch_of_the_users_are_left_as_they_were(tmp_path: Path) -> None:
     model, volume, scratch = small_model(tmp_path / "m"), tmp_path / "v", tmp_path / "s"
     for directory in (volume, scratch):
