@@ -52,6 +52,7 @@ _HINTS = {
     errno.ENOTDIR: "check the path: a part of it is a file",
     errno.EISDIR: "it is a directory: name a file",
     errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "check the links in that path, and remove the one that does not belong there",
     errno.EIO: "the device reports an input/output error: check its health, then try again",
     errno.ESTALE: "the mount went away: mount it again, then run this again",
     errno.ENOTCONN: "the mount went away: mount it again, then run this again",

@@ -63,8 +63,11 @@ def test_a_model_in_a_volume_is_a_model_for_other_commands(model: Path, volume: 
     assert resolved(f"volume:{volume}#org/m@{first.version}").root == first.path
     assert resolved(f"volume:{volume}#org/m").name == "org/m"
     (tmp_path / "other").mkdir()
-    copied = push(f"volume:{volume}#org/m@{first.version}", tmp_path / "other")
-    assert (copied.name, copied.version) == ("org/m", first.version)
+    for model_there in (f"volume:{volume}#org/m@{first.version}", first.path):
+        copied = push(model_there, tmp_path / "other")
+        assert (copied.name, copied.version) == ("org/m", first.version)
+    with pytest.raises(UsageError, match="is part of a volume, not a version of a model"):
+        push(volume / "org", tmp_path / "other")
 
 
 def test_a_plan_tells_what_a_push_then_does(model: Path, volume: Path) -> None:

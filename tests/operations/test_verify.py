@@ -87,6 +87,28 @@ def test_an_extra_file_in_a_volume(model: Path, tmp_path: Path) -> None:
     assert verified(target).problems == ("extra.json was not published with this version",)
 
 
+@pytest.mark.parametrize("place", ["latest", "."])
+def test_a_version_may_be_written_as_its_directory(model: Path, tmp_path: Path, place: str) -> None:
+    _, weights = in_a_volume(model, tmp_path)
+    target = weights.parent if place == "." else weights.parent.parent / place
+    assert verified(target).files == 8
+    models.flip_bit(weights)  # what no header tells
+    assert verified(target).problems == (f"{WEIGHTS} is damaged: its bytes are not those that were written",)
+
+
+@pytest.mark.parametrize("place", [".", "m"])
+def test_what_holds_several_versions_is_not_read_as_one(model: Path, tmp_path: Path, place: str) -> None:
+    in_a_volume(model, tmp_path)
+    with pytest.raises(UsageError, match="is part of a volume, not a version of a model") as caught:
+        verified(tmp_path / "volume" / place)
+    assert caught.value.hint == f"write volume:{tmp_path / 'volume'}#NAME[@VERSION]; names here: m"
+
+
+def test_a_directory_of_somebody_elses_in_a_volume(model: Path, tmp_path: Path) -> None:
+    in_a_volume(model, tmp_path)
+    assert verified(model.rename(tmp_path / "volume" / "mine")).files == 8
+
+
 def test_a_layout_may_be_written_as_bake_writes_it(model: Path, tmp_path: Path) -> None:
     target, _ = in_a_layout(model, tmp_path)
     assert verified(f"layout:{target}").verified

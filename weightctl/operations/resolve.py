@@ -10,7 +10,7 @@ from weightctl.config import Config
 from weightctl.model import Reference, Snapshot
 from weightctl.progress import Progress
 from weightctl.sources import Plan, sources
-from weightctl.volumes import DirectoryVolume
+from weightctl.volumes import DirectoryVolume, version_at
 
 
 def plan(
@@ -25,9 +25,13 @@ def plan(
 ) -> Plan:
     """List the model's files and what is still to be fetched, moving nothing."""
     asked = reference = Reference.parse(model, revision)
+    if asked.source == "directory":
+        asked = version_at(Path(asked.location)) or asked
     if asked.source == "volume" and asked.name:
         path = DirectoryVolume(Path(asked.location)).resolve(asked.name, asked.revision or "latest")
         reference = Reference("directory", str(path))
+    if asked.source == "huggingface" and Path(model).is_dir():
+        progress.note(f"{model} is looked for on the Hub; the directory here is ./{model}")
     source = sources.get(reference.source)()
     found = source.plan(reference, include=include, exclude=exclude, to=to, config=config, progress=progress)
     name = asked.name or found.snapshot.name

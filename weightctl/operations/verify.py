@@ -18,7 +18,7 @@ from weightctl.model import Reference, Snapshot
 from weightctl.operations import resolve
 from weightctl.progress import Progress
 from weightctl.sources.directory import as_downloaded, read_directory
-from weightctl.volumes import volumes
+from weightctl.volumes import version_at, volumes
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,10 @@ def _hashed(model: str, config: Config, progress: Progress) -> Snapshot:
 
 
 def _check(target: str, config: Config, progress: Progress) -> Check:
-    if target.startswith("volume:"):
-        reference = Reference.parse(target)
+    reference = Reference.parse(target) if target.startswith("volume:") else version_at(expanded(target))
+    if reference:
+        if not target.startswith("volume:"):
+            progress.note(f"{target} is {reference}: compared with what was pushed")
         volume = volumes.get("directory")(Path(reference.location))
         return volume.check(str(reference.name), reference.revision or "latest", config=config, progress=progress)
     path = expanded(target)

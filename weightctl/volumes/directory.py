@@ -159,19 +159,17 @@ def version_at(path: Path) -> Reference | None:
 
     Raises UsageError, saying what to write, if it is the volume itself or holds the versions of a model.
     """
-    with contextlib.suppress(OSError):
-        real = path.resolve() if path.is_dir() else Path("/")
-        for root in (real, *real.parents):
-            manifests = root / ".weightctl" / "manifests"
-            if manifests.is_dir():
-                inside = real.relative_to(root)
-                if (manifests / f"{inside}.json").is_file():
-                    return Reference("volume", str(root), inside.parent.as_posix(), inside.name)
-                if (manifests / inside).is_dir():
-                    names = ", ".join(DirectoryVolume(root).names())
-                    hint = f"write volume:{root}#NAME[@VERSION]; names here: {names}"
-                    raise UsageError(f"{path} is part of a volume, not a version of a model", hint)
-                break
+    with contextlib.suppress(OSError):  # whoever reads it as a directory is told
+        if not path.is_dir():
+            return None
+        real = path.resolve()
+        volume = next((root for root in (real, *real.parents) if (root / ".weightctl" / "manifests").is_dir()), real)
+        manifests, inside = volume / ".weightctl" / "manifests", real.relative_to(volume)
+        if (manifests / f"{inside}.json").is_file():
+            return Reference("volume", str(volume), inside.parent.as_posix(), inside.name)
+        if (manifests / inside).is_dir():
+            hint = f"write volume:{volume}#NAME[@VERSION]; names here: {', '.join(DirectoryVolume(volume).names())}"
+            raise UsageError(f"{path} is part of a volume, not a version of a model", hint)
     return None
 
 
