@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,9 +13,10 @@ from tests import models
 from tests.disk import fork, lacking, small_disk
 from tests.volumes.directory import problems, prune, publish, staged
 from weightctl import storage
+from weightctl.digests import check_files
 from weightctl.errors import UsageError
 from weightctl.progress import Progress
-from weightctl.volumes import DirectoryVolume
+from weightctl.volumes import DirectoryVolume, pruning, publishing
 from weightctl.volumes.mount import Mount
 
 
@@ -82,6 +84,37 @@ def test_pushes_while_others_prune(memory: Path, model: Path, calls: tuple[str, 
     assert os.waitstatus_to_exitcode(os.waitpid(pusher, 0)[1]) == 0
     over.touch()
     assert [os.waitstatus_to_exitcode(os.waitpid(pruner, 0)[1]) for pruner in pruners] == [0, 0]
+
+
+def test_a_version_that_is_read_since_it_was_listed_does_not_move(
+    volume: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = publish(volume, model)
+    (model / "config.json").write_text("changed")
+    publish(volume, model)
+    mount = Mount(volume)
+    (listed,) = [version for version in mount.contents() if not version.latest]
+    with DirectoryVolume(volume).use("m", first.version):
+        monkeypatch.setattr(storage, "rename", None)  # not for a moment
+        assert pruning._discard(mount, listed, tmp_path) is None
+
+
+def test_a_version_that_is_pruned_while_a_push_reads_it(
+    volume: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = publish(volume, model)
+    config = (model / "config.json").read_text()
+    (model / "config.json").write_text("changed")
+    publish(volume, model)
+    (model / "config.json").write_text(config)
+
+    def prune_and_check(*arguments: Any) -> Any:
+        prune(volume, keep=1)
+        return check_files(*arguments)
+
+    monkeypatch.setattr(publishing, "check_files", prune_and_check)
+    assert publish(volume, model, verify=True).version == first.version
+    assert problems(volume) == ()
 
 
 def test_a_reader_comes_between_where_locks_do_not_hold(
