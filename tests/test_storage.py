@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import os
@@ -371,3 +372,27 @@ def test_check_space(tmp_path: Path) -> None:
     with pytest.raises(WeightctlError, match="not enough room") as caught:
         storage.check_space(tmp_path / "not" / "there" / "yet", 1 << 62)
     assert caught.value.hint
+
+
+def test_a_staging_directory_that_is_removed_at_this_moment_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever had it removes it as they end, between our opening and our locking it."""
+    flock, staging = fcntl.flock, tmp_path / ".x.weightctl-tmp"
+    descriptors: list[int] = []
+
+    def remove_and_lock(descriptor: int, how: int) -> None:
+        if not descriptors:
+            staging.rmdir()
+        descriptors.append(descriptor)
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", remove_and_lock)
+    with storage.staging_beside(tmp_path / "x") as found:
+        assert found == staging
+        assert staging.is_dir()
+
+
+def test_memory_is_not_flushed_like_a_disk(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "memory", 1 << 20) as memory:
+        assert not storage._sync_filesystem(memory)

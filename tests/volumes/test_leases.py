@@ -208,3 +208,17 @@ def test_the_lock_alone_holds_a_lease_that_has_no_room(tmp_path: Path) -> None:
         with leases.held(disk / "x.lease"):
             assert not can_be_had(disk / "x.lease")
         assert [path.name for path in disk.iterdir()] == ["all of it"]
+
+
+def test_a_lease_that_is_let_go_at_this_moment_is_not_taken(lease: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file is gone: another may have made, and taken, the next one."""
+    lease.touch()
+    write(lease, mount=f"{leases._boot()} {lease.stat().st_dev}")
+    lock = leases._lock
+
+    def let_go_and_lock(descriptor: int, *, wait: bool) -> bool | None:
+        lease.unlink()
+        return lock(descriptor, wait=wait)
+
+    monkeypatch.setattr(leases, "_lock", let_go_and_lock)
+    assert leases._acquire(lease) is None
