@@ -51,6 +51,15 @@ def minilm_hub(hub: Hub, minilm: Path) -> Hub:
     return hub
 
 
+def test_a_directory_that_is_not_written_as_a_path(hub: Hub, tmp_path: Path) -> None:
+    hub.add("org/name", SMALL)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    done = weightctl("pull", "org/name", cwd=tmp_path)
+    assert (done.code, Path(done.stdout.strip()).parent.name) == (0, "snapshots")
+    assert "note: org/name is looked for on the Hub; the directory here is ./org/name\n" in done.stderr
+    assert "note: " not in weightctl("pull", "org/name").stderr
+
+
 def test_a_real_model(minilm_hub: Hub, minilm: Path, home: Path) -> None:
     total = sum(path.stat().st_size for path in minilm.rglob("*") if path.is_file())
     commit = minilm_hub.repositories["org/name"].revisions["main"]
