@@ -222,3 +222,11 @@ def test_a_lease_that_is_let_go_at_this_moment_is_not_taken(lease: Path, monkeyp
 
     monkeypatch.setattr(leases, "_lock", let_go_and_lock)
     assert leases._acquire(lease) is None
+
+
+def test_of_two_who_take_over_the_last_one_stands(lease: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(lease, locked=False)
+    age(lease, leases.SILENCE_SECONDS + 1)
+    monkeypatch.setattr(time, "sleep", lambda seconds: write(lease, host="another"))  # while we settle
+    assert leases._acquire(lease) is None
+    assert str(leases.owner_of(lease)) == "another:4711"

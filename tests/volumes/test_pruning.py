@@ -86,17 +86,22 @@ def test_pushes_while_others_prune(memory: Path, model: Path, calls: tuple[str, 
     assert [os.waitstatus_to_exitcode(os.waitpid(pruner, 0)[1]) for pruner in pruners] == [0, 0]
 
 
-def test_a_version_that_is_read_since_it_was_listed_does_not_move(
+def test_a_version_that_is_read_or_the_latest_since_it_was_listed_does_not_move(
     volume: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = publish(volume, model)
+    config = (model / "config.json").read_text()
     (model / "config.json").write_text("changed")
     publish(volume, model)
     mount = Mount(volume)
     (listed,) = [version for version in mount.contents() if not version.latest]
-    with DirectoryVolume(volume).use("m", first.version):
-        monkeypatch.setattr(storage, "rename", None)  # not for a moment
+    with DirectoryVolume(volume).use("m", first.version), monkeypatch.context() as patch:
+        patch.setattr(storage, "rename", None)  # not for a moment
         assert pruning._discard(mount, listed, tmp_path) is None
+    (model / "config.json").write_text(config)
+    assert publish(volume, model).version == first.version
+    assert pruning._discard(mount, listed, tmp_path) is None
+    assert problems(volume) == ()
 
 
 def test_a_version_that_is_pruned_while_a_push_reads_it(
