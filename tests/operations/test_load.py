@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import weightctl
 from tests import tiny_models as models
+from tests.hub_server import Hub
 from weightctl.config import Config
 from weightctl.operations.serialize import serialize
 from weightctl.progress import Progress
@@ -49,6 +50,14 @@ def test_every_strategy_loads_the_tensors_of_a_real_model(minilm_formats: Path, 
     tensors = weightctl.load(minilm_formats, device="cpu", strategy=strategy)
     assert tensors.keys() == expected.keys()
     assert all(equal(tensors[name], expected[name]) for name in expected)
+
+
+def test_a_model_of_the_hub_whose_config_has_no_dtype(hub: Hub, minilm: Path) -> None:
+    """The cache's files are links to blobs, whose names have no extension."""
+    assert "dtype" not in (minilm / "config.json").read_text()
+    hub.add("org/name", minilm)
+    ours = weightctl.load_model("org/name", device="cpu")
+    assert equal(models.logits(ours), models.logits(transformers.BertModel.from_pretrained(minilm).eval()))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -82,7 +82,8 @@ class Blank:
         if own_format(snapshot) == "tensorizer":
             samples = {entry.name: torch.empty(0, dtype=entry.dtype, device="meta") for entry in stored.entries}
         else:
-            files = read_checkpoint(snapshot).paths
+            # By the model's names: transformers goes by the extension, which a blob in the Hub's cache lacks.
+            files = [str(snapshot.root / file.path) for file in read_checkpoint(snapshot).files]
         config, dtype = modeling_utils._get_dtype(dtype, files, config, None, samples, True)
         config.name_or_path = str(snapshot.root)
         with ContextManagers(cls.get_init_context(dtype, False, False, None)):
