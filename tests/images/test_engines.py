@@ -25,7 +25,7 @@ from tests.services import docker_engine, docker_registry, podman_engine, tool
 from weightctl.config import Config
 from weightctl.errors import WeightctlError
 from weightctl.images import Baked, DockerImages, engine_load
-from weightctl.images.oci import ImageName
+from weightctl.images.oci import LAYER, BaseImage, Descriptor, ImageName, WrittenLayer
 from weightctl.operations.base import open_base
 from weightctl.progress import Progress, Task
 
@@ -209,3 +209,13 @@ def test_what_a_bake_left_is_kept_for_a_day(name: str, tmp_path: Path, monkeypat
     monkeypatch.setattr(engine_load, "UNFINISHED_SECONDS", -1)
     bake(models.write_model(tmp_path / "another", seed=secrets.randbits(60)), f"{name}:v2")
     assert unfinished() == {first}
+
+
+def test_a_load_ends_when_it_is_large_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_load, "STEP_BYTES", 3 * MIB)
+    for number in range(6):
+        models.write_safetensors(tmp_path / "m" / f"model-{number}.safetensors", 2 * MIB)
+    layer = WrittenLayer(Descriptor(LAYER, "sha256:0", 1), "sha256:0")
+    base = BaseImage("base", {}, (layer,), lambda blob: io.BytesIO(blob.digest.encode()))
+    assert list(engine_load.steps(plan(tmp_path / "m", base=base), frozenset())) == [2, 4]
+    assert list(engine_load.steps(plan(tmp_path / "m", base=base), frozenset({0, 1}))) == [3, 5]
