@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import secrets
+import socket
+import socketserver
 import tarfile
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -119,6 +123,45 @@ def test_a_dry_run_says_what_is_there(model: Path) -> None:
     assert before["peak_disk_bytes"] >= 2 * before["bytes"]
     bake(plan(models.settle(model), f"/models/{model.name}"), "engine-dry:v1")
     assert "engine-dry" in tool("docker", "images")
+
+
+class Relay(socketserver.BaseRequestHandler):
+    """A connection, passed on to the engine's socket."""
+
+    def handle(self) -> None:
+        with socket.socket(socket.AF_UNIX) as engine:
+            engine.connect(self.server.engine.removeprefix("unix://"))  # type: ignore[attr-defined]
+            threading.Thread(target=self.pump, args=(self.request, engine)).start()
+            self.pump(engine, self.request)
+
+    @staticmethod
+    def pump(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+
+def test_the_disk_of_a_remote_engine_is_not_this_machines(
+    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "m").mkdir()
+    with (tmp_path / "m" / "weights.bin").open("wb") as file:
+        file.truncate(8 << 40)
+
+    def problems() -> tuple[str, ...]:
+        image = plan(tmp_path / "m")
+        return DockerImages().preview(image, ImageName.parse("engine-room:v1"), config=Config()).problems
+
+    assert "not enough room" in "".join(problems())
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Relay) as server:
+        server.engine = engine  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever).start()
+        monkeypatch.setenv("DOCKER_HOST", f"tcp://127.0.0.1:{server.server_address[1]}")
+        try:
+            assert problems() == ()
+        finally:
+            server.shutdown()
 
 
 def test_the_engine_is_the_default_target(model: Path) -> None:

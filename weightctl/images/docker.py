@@ -69,12 +69,12 @@ class DockerImages(Images):
         with connect() as engine:
             held = engine.held(plan, None)
             keeps_both = engine.store == "containerd"
-            root = Path(engine.api.info().get("DockerRootDir") or "/")
+            directory = engine.directory
         existing = tuple(number in held for number in range(len(plan.base_layers), plan.count))
         unsent = [layer.size for layer, known in zip(plan.layers, existing, strict=True) if not known]
         largest_step = engine_load.STEP_BYTES + max(unsent, default=0)
         needed = sum(unsent) + (sum(unsent) if keeps_both else min(sum(unsent), largest_step))
-        return Preview(existing, needed, space_problems(root, needed) if root.is_dir() else ())
+        return Preview(existing, needed, space_problems(directory, needed) if directory else ())
 
     def bake(self, plan: ImagePlan, name: ImageName, *, config: Config, progress: Progress) -> Baked:
         """See `Images.bake`. Sends only the layers that the engine lacks. The digest is the image's ID there.

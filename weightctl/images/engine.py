@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from weightctl import storage
@@ -84,6 +85,14 @@ class Engine:
             return "podman"
         containerd = any("containerd" in str(value) for _, value in self.api.info().get("DriverStatus") or [])
         return "containerd" if containerd else "classic"
+
+    @property
+    def directory(self) -> Path | None:
+        """Where it keeps images; None if that is on another machine."""
+        if self.api.base_url != "http+docker://localhost":  # what a socket's is
+            return None
+        directory = Path(self.api.info().get("DockerRootDir") or "/")
+        return directory if directory.is_dir() else None
 
     def images(self, filters: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The images there that the filters name, and when each was made, in seconds since 1970.
