@@ -55,7 +55,7 @@ class LayerPlan:
         """Every entry's tar header, and the file whose bytes follow it."""
         targets = [(PurePosixPath(self.directory) / file.path, file) for file in self.files]
         directories = {parent for target, _ in targets for parent in target.parents if parent.name}
-        for directory in sorted(directories):
+        for directory in sorted(directories, key=lambda directory: directory.parts):
             yield _tar_header(f"{str(directory).lstrip('/')}", None), None
         for target, file in targets:
             yield _tar_header(str(target).lstrip("/"), file.size), file

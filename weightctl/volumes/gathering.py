@@ -122,7 +122,8 @@ def seed(snapshot: Snapshot, downloads: Path, manifests: Manifests, *, config: C
 def _make_places(files: Sequence[File], staging: Path) -> None:
     """Create `staging` and the directories of the files in it, but nothing above: if that is gone, so is the mount."""
     parents = {PurePosixPath(file.path).parent for file in files}
-    for parent in sorted({PurePosixPath(".")}.union(parents, *(parent.parents for parent in parents))):
+    places = {PurePosixPath(".")}.union(parents, *(parent.parents for parent in parents))
+    for parent in sorted(places, key=lambda place: place.parts):  # Python orders "." in two ways, by its version
         (staging / parent).mkdir(exist_ok=True)
 
 
