@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import itertools
 import mmap
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from weightctl.benchmark.results import Limit, Model
 from weightctl.errors import UsageError, translated_os_errors
-from weightctl.loaders.reading import is_cached
+from weightctl.loaders.reading import is_absent, is_cached
 from weightctl.storage import in_parallel
 
 BLOCK_BYTES = 8 << 20
@@ -143,28 +142,13 @@ def residency(paths: Sequence[Path]) -> float:
 
 
 def _is_resident(descriptor: int, offset: int) -> bool:
-    """What mincore calls absent is absent. What it calls present need not be, since it says that to whoever may not
-    write the file: then a read that must not wait is asked. On a busy machine the page may come even as that is asked
-    for, so it alone would not do."""
-    if _is_absent(descriptor, offset):
+    if is_absent(descriptor, offset):
         return False
     if is_cached(descriptor, offset):
         return True
     os.pread(descriptor, 1, offset)  # a page that is still on its way cannot be dropped
     os.posix_fadvise(descriptor, offset, mmap.PAGESIZE, os.POSIX_FADV_DONTNEED)
     return False
-
-
-def _is_absent(descriptor: int, offset: int) -> bool:
-    length = min(mmap.PAGESIZE, os.fstat(descriptor).st_size - offset)
-    known, found = ctypes.c_ubyte(), -1
-    with contextlib.suppress(OSError), mmap.mmap(descriptor, length, offset=offset, access=mmap.ACCESS_COPY) as page:
-        first = ctypes.c_char.from_buffer(page)
-        found = ctypes.CDLL(None).mincore(
-            ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(length), ctypes.byref(known)
-        )
-        del first  # or the page could not be closed
-    return found == 0 and not known.value & 1
 
 
 def objection(cache: str, residency: float) -> str | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
+import mmap
 import os
 import random
 import threading
@@ -104,7 +107,7 @@ def is_cold(path: Path, size: int) -> bool:
     """Whether most of a file of `size` bytes is not in the page cache. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        # To ask for a page brings it in: only that one, and at a place that the next who asks does not choose.
+        # To ask for a page may bring it in: only that one, and at a place that the next who asks does not choose.
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         places = [random.randrange(max(size, 1)) for _ in range(SAMPLES)]
         return sum(not is_cached(descriptor, place) for place in places) >= COLD_SAMPLES
@@ -113,10 +116,14 @@ def is_cold(path: Path, size: int) -> bool:
 
 
 def is_cached(descriptor: int, offset: int) -> bool:
-    """By a read that must not wait. mincore would tell whoever may not write the file that all of it is cached.
+    """Whether the page at `offset` is in the page cache.
 
-    Where there are no such reads (overlayfs, FUSE, tmpfs, gVisor), by the clock.
+    What mincore calls absent is absent. What it calls present need not be, since it says that to whoever may not write
+    the file: then a read that must not wait is asked. It alone would not do: it has a missing page brought in, which
+    on a busy machine comes before it looks. Where there are no such reads (overlayfs, FUSE, gVisor), by the clock.
     """
+    if is_absent(descriptor, offset):
+        return False
     byte = bytearray(1)
     try:
         os.preadv(descriptor, [byte], offset, os.RWF_NOWAIT)
@@ -131,3 +138,20 @@ def is_cached(descriptor: int, offset: int) -> bool:
     began = time.perf_counter()
     os.preadv(descriptor, [byte], offset)
     return time.perf_counter() - began < CACHED_SECONDS
+
+
+def is_absent(descriptor: int, offset: int) -> bool:
+    """Whether mincore says that the page at `offset` is not in the page cache. Leaves it as it was."""
+    start = offset - offset % mmap.PAGESIZE
+    length = min(mmap.PAGESIZE, os.fstat(descriptor).st_size - start)
+    known, found = ctypes.c_ubyte(), -1
+    with (
+        contextlib.suppress(OSError, OverflowError, ValueError),  # it cannot be mapped, or ends before
+        mmap.mmap(descriptor, length, offset=start, access=mmap.ACCESS_COPY) as page,
+    ):
+        first = ctypes.c_char.from_buffer(page)
+        found = ctypes.CDLL(None).mincore(
+            ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(length), ctypes.byref(known)
+        )
+        del first  # or the page could not be closed
+    return found == 0 and not known.value & 1
