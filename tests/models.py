@@ -7,8 +7,9 @@ import hashlib
 import json
 import os
 import subprocess
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from tests.hub_server import git_blob_id
@@ -114,6 +115,26 @@ def settle(directory: Path) -> Path:
     newest = max(path.stat().st_ctime for path in [directory, *directory.rglob("*")])
     time.sleep(max(0.0, newest + 2.1 - time.time()))
     return directory
+
+
+@contextlib.contextmanager
+def written_meanwhile(path: Path, place: int) -> Iterator[None]:
+    """Somebody writes at that place of the file all the time, until the block ends."""
+    over = threading.Event()
+
+    def write() -> None:
+        with path.open("rb+", buffering=0) as stream:
+            while not over.is_set():
+                stream.seek(place)
+                stream.write(os.urandom(100))
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        yield
+    finally:
+        over.set()
+        writer.join()
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 300) -> None:

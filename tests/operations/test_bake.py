@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -180,22 +179,11 @@ def test_a_flipped_bit_in_the_hubs_cache(layout: Path, tmp_path: Path, name: str
 
 def test_a_file_that_is_written_meanwhile(layout: Path, tmp_path: Path) -> None:
     weights = models.write_safetensors(tmp_path / "m" / "model.safetensors", 64 << 20)
-    over = threading.Event()
-
-    def write() -> None:
-        with weights.open("rb+", buffering=0) as stream:
-            while not over.is_set():
-                stream.seek(60 << 20)
-                stream.write(os.urandom(100))
-
-    writer = threading.Thread(target=write)
-    writer.start()
-    try:
-        with pytest.raises(IntegrityError, match=r"model\.safetensors changed while it was read") as caught:
-            baked(tmp_path / "m", layout)
-    finally:
-        over.set()
-        writer.join()
+    with (
+        models.written_meanwhile(weights, 60 << 20),
+        pytest.raises(IntegrityError, match=r"model\.safetensors changed while it was read") as caught,
+    ):
+        baked(tmp_path / "m", layout)
     assert caught.value.exit_code == 3
     assert not (layout / "index.json").exists()
     assert list((layout / "blobs" / "sha256").iterdir()) == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 from pathlib import Path
 
 import pytest
@@ -72,22 +71,11 @@ def test_a_source_that_vanishes(volume: Path, model: Path) -> None:
 
 def test_a_file_that_is_written_meanwhile(volume: Path, tmp_path: Path) -> None:
     weights = models.write_safetensors(tmp_path / "m" / "model.safetensors", 64 << 20)
-    over = threading.Event()
-
-    def write() -> None:
-        with weights.open("rb+", buffering=0) as stream:
-            while not over.is_set():
-                stream.seek(60 << 20)
-                stream.write(os.urandom(100))
-
-    writer = threading.Thread(target=write)
-    writer.start()
-    try:
-        with pytest.raises(IntegrityError, match="changed while it was read"):
-            publish(volume, tmp_path / "m")
-    finally:
-        over.set()
-        writer.join()
+    with (
+        models.written_meanwhile(weights, 60 << 20),
+        pytest.raises(IntegrityError, match="changed while it was read"),
+    ):
+        publish(volume, tmp_path / "m")
     assert os.listdir(volume) == [".weightctl"]
 
 
