@@ -74,12 +74,13 @@ def saved(model: Any, directory: Path, **options: Any) -> Path:
 
 def logits(model: Any) -> torch.Tensor:
     """What it says to ten tokens, or to one picture."""
+    tokens = TOKENS.to(model.device)
     if model.main_input_name == "pixel_values":
-        inputs = {"pixel_values": PIXELS.to(model.dtype)}
+        inputs = {"pixel_values": PIXELS.to(model.device, model.dtype)}
     elif model.config.is_encoder_decoder:
-        inputs = {"input_ids": TOKENS, "decoder_input_ids": TOKENS}
+        inputs = {"input_ids": tokens, "decoder_input_ids": tokens}
     else:
-        inputs = {"input_ids": TOKENS}
+        inputs = {"input_ids": tokens}
     with torch.no_grad():
         output = model(**inputs)
     return output.logits if hasattr(output, "logits") else output.last_hidden_state
