@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from weightctl.cli import bench_table, ui
 from weightctl.config import Config
-from weightctl.loaders.blocks import plan
+from weightctl.loaders.blocks import lay_out
 from weightctl.loaders.lanes import CudaLane, SlabLane
 from weightctl.loaders.pipelined import Tuning, load_shards
 from weightctl.loaders.safetensors import own_checkpoint
@@ -190,7 +190,7 @@ def sweep(directory: Path, device: str, rounds: int, output: Path) -> None:
     for _, (tuning, found) in itertools.product(range(rounds), list(zip(tunings, seconds, strict=True))):
         torch.cuda.empty_cache()
         began = time.perf_counter()
-        load_shards(plan(tensors, tuning.block_bytes), device, SlabLane if device == "cpu" else CudaLane, tuning)
+        load_shards(lay_out(tensors), device, SlabLane if device == "cpu" else CudaLane, tuning)
         found.append(time.perf_counter() - began)
         rows = [{**dataclasses.asdict(tuning), "seconds": each} for tuning, each in zip(tunings, seconds, strict=True)]
         output.write_text(json.dumps({"bytes": nbytes, "rows": rows}, indent=2))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.loaders.samples import Shapes, entries, mark, models, write
-from weightctl.loaders.blocks import ALIGNMENT, GAP_BYTES, PAGE_BYTES, Piece, plan
+from weightctl.loaders.blocks import ALIGNMENT, GAP_BYTES, PAGE_BYTES, Piece, blocks_of, lay_out
 
 
 @settings(max_examples=100, deadline=None)
@@ -22,7 +22,7 @@ def test_a_plan_reads_and_places_each_wanted_byte_once(
         file = write(Path(directory) / "model.safetensors", shards[0][0], shards[0][1])
         there = {entry.name: entry for entry in entries([file]) if int(entry.name[1:]) in wanted}
         dtypes = {name: torch.float16 for name, entry in there.items() if cast and entry.dtype in ("F32", "F64")}
-        for shard in plan(entries([file]), pages * PAGE_BYTES, there.keys(), dtypes):
+        for shard in lay_out(there.values(), dtypes):
             assert {tensor.name for tensor in shard.tensors} == there.keys()
             end = 0
             for tensor in shard.tensors:
@@ -32,7 +32,7 @@ def test_a_plan_reads_and_places_each_wanted_byte_once(
             assert end <= shard.nbytes < end + ALIGNMENT
             read = bytearray(file.size)
             written = bytearray(shard.nbytes)
-            for block in shard.blocks:
+            for block in blocks_of(shard.runs, pages * PAGE_BYTES):
                 assert block.offset % PAGE_BYTES == 0
                 assert block.nbytes <= pages * PAGE_BYTES
                 assert block.nbytes == block.pieces[-1].end
@@ -54,9 +54,9 @@ def arrived(piece: Piece) -> int:
 
 def test_a_file_without_oddities_is_copied_block_by_block(tmp_path: Path) -> None:
     file = write(tmp_path / "model.safetensors", [("BF16", (4096, 64)), ("BF16", (128,)), ("F32", (4096, 8))])
-    (shard,) = plan(entries([file]), 64 * PAGE_BYTES)
-    assert [len(block.pieces) for block in shard.blocks] == [1] * len(shard.blocks)
-    assert len(shard.blocks) == -(-file.size // (64 * PAGE_BYTES))
+    (shard,) = lay_out(entries([file]))
+    pieces = [len(block.pieces) for block in blocks_of(shard.runs, 64 * PAGE_BYTES)]
+    assert pieces == [1] * -(-file.size // (64 * PAGE_BYTES))
 
 
 def test_what_is_not_wanted_is_not_read(tmp_path: Path) -> None:
@@ -64,6 +64,6 @@ def test_what_is_not_wanted_is_not_read(tmp_path: Path) -> None:
     file = write(
         tmp_path / "model.safetensors", [("U8", (9,)), ("U8", (far,)), ("U8", (9,)), ("U8", (far - 1,)), ("U8", (9,))]
     )
-    (shard,) = plan(entries([file]), 64 * PAGE_BYTES, {"t0", "t2", "t4"})
-    assert [len(block.pieces) for block in shard.blocks] == [1, 2]
+    (shard,) = lay_out(entry for entry in entries([file]) if entry.name in ("t0", "t2", "t4"))
+    assert [len(block.pieces) for block in blocks_of(shard.runs, 64 * PAGE_BYTES)] == [1, 2]
     assert shard.nbytes == 3 * ALIGNMENT

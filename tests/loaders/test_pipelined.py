@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import tempfile
@@ -20,7 +21,7 @@ import weightctl
 from tests.loaders.samples import DEVICES, LANES, Shapes, check, entries, models, sample, write
 from weightctl.checkpoint import TensorEntry
 from weightctl.errors import IntegrityError, UsageError, WeightctlError
-from weightctl.loaders.blocks import PAGE_BYTES, Shard, plan
+from weightctl.loaders.blocks import PAGE_BYTES, Shard, lay_out
 from weightctl.loaders.lanes import CudaLane, Lane, StraightLane
 from weightctl.loaders.pipelined import PipelinedLoader, Tuning, load_shards
 from weightctl.loaders.stored import as_bytes
@@ -45,8 +46,8 @@ def test_every_byte_is_the_files(
             write(Path(directory) / f"{number}.safetensors", shapes, padding, start)
             for number, ((shapes, padding), start) in enumerate(zip(shards, first, strict=False))
         ]
-        planned = plan(entries(files), pages * PAGE_BYTES)
-        check(load_shards(planned, device, lane, Tuning(readers, pages * PAGE_BYTES, slabs)), files)
+        tuning = Tuning(readers, pages * PAGE_BYTES, slabs)
+        check(load_shards(lay_out(entries(files)), device, lane, tuning), files)
 
 
 def test_a_thousand_shards(tmp_path: Path) -> None:
@@ -75,9 +76,10 @@ def test_a_real_model(minilm: Path, device: str) -> None:
 def test_a_conversion_on_the_way(tmp_path: Path, device: str, lane: type[Lane], target: torch.dtype) -> None:
     files = sample(tmp_path)
     there = entries(files)
-    plain = load_shards(plan(there, 3 * PAGE_BYTES), device, lane, Tuning(2, 3 * PAGE_BYTES, 2))
+    tuning = Tuning(2, 3 * PAGE_BYTES, 2)
+    plain = load_shards(lay_out(there), device, lane, tuning)
     dtypes = {name: target for name, tensor in plain.items() if tensor.is_floating_point()}
-    found = load_shards(plan(there, 3 * PAGE_BYTES, None, dtypes), device, lane, Tuning(2, 3 * PAGE_BYTES, 2))
+    found = load_shards(lay_out(there, dtypes), device, lane, tuning)
     for name, tensor in plain.items():
         expected = tensor.to(dtypes.get(name, tensor.dtype))
         assert found[name].dtype == expected.dtype
@@ -91,7 +93,7 @@ def test_a_conversion_takes_little_memory(tmp_path: Path) -> None:
     file = write(tmp_path / "model.safetensors", [("F32", (1 << 20, 9)) for _ in range(8)])
     there = entries([file])
     tuning = Tuning.of(file.size, 128 << 20)
-    shards = plan(there, tuning.block_bytes, None, {entry.name: torch.bfloat16 for entry in there})
+    shards = lay_out(there, {entry.name: torch.bfloat16 for entry in there})
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_reserved()
@@ -148,7 +150,7 @@ def fails(shards: list[Shard], device: str, lane: type[Lane]) -> WeightctlError:
 @pytest.mark.parametrize(("device", "lane"), LANES)
 def test_a_file_that_shrinks(tmp_path: Path, device: str, lane: type[Lane]) -> None:
     files = sample(tmp_path)
-    planned = plan(entries(files), 2 * PAGE_BYTES)
+    planned = lay_out(entries(files))
     os.truncate(files[1].source, files[1].size - 100)
     error = fails(planned, device, lane)
     assert isinstance(error, IntegrityError)
@@ -158,7 +160,7 @@ def test_a_file_that_shrinks(tmp_path: Path, device: str, lane: type[Lane]) -> N
 @pytest.mark.parametrize(("device", "lane"), LANES)
 def test_a_file_that_goes(tmp_path: Path, device: str, lane: type[Lane]) -> None:
     files = sample(tmp_path)
-    planned = plan(entries(files), 2 * PAGE_BYTES)
+    planned = lay_out(entries(files))
     files[1].source.unlink()
     assert f"cannot read {files[1].source}" in fails(planned, device, lane).message
 
@@ -168,8 +170,8 @@ def test_an_input_output_error(tmp_path: Path, device: str, lane: type[Lane]) ->
     """The kernel gives EIO for reading a process's memory where it has none."""
     files = sample(tmp_path)
     broken = [
-        Shard(Path("/proc/self/mem"), shard.file_bytes, shard.nbytes, shard.tensors, shard.blocks)
-        for shard in plan(entries(files), 2 * PAGE_BYTES)
+        dataclasses.replace(shard, file=dataclasses.replace(shard.file, source=Path("/proc/self/mem")))
+        for shard in lay_out(entries(files))
     ]
     error = fails(broken, device, lane)
     assert error.message.startswith("cannot read /proc/self/mem at byte ")
@@ -202,7 +204,7 @@ def test_more_than_there_is_memory(tmp_path: Path, device: str) -> None:
     """More than a process has addresses for, so that no kernel promises it."""
     size = 1 << 50
     file = File("model.safetensors", size, tmp_path / "model.safetensors")
-    shards = plan([TensorEntry("huge", file, 0, size, "U8", (size,))], 1 << 40)
+    shards = lay_out([TensorEntry("huge", file, 0, size, "U8", (size,))])
     with pytest.raises(WeightctlError, match=rf"does not fit on {device}.*: {size} bytes are needed, \d+ are free"):
         load_shards(shards, device, StraightLane if device == "cpu" else CudaLane, Tuning(2, 1 << 40))
 

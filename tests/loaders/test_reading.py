@@ -11,7 +11,7 @@ import pytest
 from tests.disk import cannot, small_disk
 from tests.loaders.samples import check, entries, gpu, write
 from weightctl.benchmark.ceilings import forget_files
-from weightctl.loaders.blocks import PAGE_BYTES, plan
+from weightctl.loaders.blocks import PAGE_BYTES, lay_out
 from weightctl.loaders.lanes import CudaLane, SlabLane
 from weightctl.loaders.pipelined import Tuning, load_shards
 from weightctl.loaders.reading import Reader, Source, is_cold
@@ -31,7 +31,7 @@ def test_a_cold_file_is_read_past_the_page_cache(tmp_path: Path, device: str) ->
     file = write(tmp_path / "model.safetensors", [("U8", (5,)), ("F32", (3_000_001,)), ("U8", (4099,))])
     if not allows_direct_reads(file.source):
         cannot(f"{tmp_path} lies on a filesystem without O_DIRECT, or that keeps everything in memory")
-    planned = plan(entries([file]), 1 << 20)
+    planned = lay_out(entries([file]))
     forget_files([file.source])
     tensors = load_shards(planned, device, SlabLane if device == "cpu" else CudaLane, Tuning(3, 1 << 20, 2))
     assert is_cold(file.source, file.size)
@@ -44,7 +44,7 @@ def test_a_file_in_memory_is_not_cold(tmp_path: Path) -> None:
     with small_disk(tmp_path / "memory", 8 << 20) as directory:
         file = write(directory / "model.safetensors", [("F32", (1_000_001,))])
         assert not is_cold(file.source, file.size)
-        check(load_shards(plan(entries([file]), 1 << 20), "cpu", SlabLane, Tuning(2, 1 << 20, 2)), [file])
+        check(load_shards(lay_out(entries([file])), "cpu", SlabLane, Tuning(2, 1 << 20, 2)), [file])
 
 
 class Cold(Source):

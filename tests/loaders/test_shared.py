@@ -32,7 +32,7 @@ from tests.loaders.samples import Shapes, entries, models, write
 from weightctl.errors import IntegrityError, UsageError, WeightctlError
 from weightctl.loaders import windows
 from weightctl.loaders.ranks import Ranks
-from weightctl.loaders.shared import Relay
+from weightctl.loaders.relay import Relay
 from weightctl.loaders.slices import Plan, cuts
 from weightctl.loaders.stored import as_bytes
 from weightctl.loaders.windows import Asked
@@ -307,6 +307,17 @@ def test_many_loads_leave_nothing(ranks: Crew, tmp_path: Path) -> None:
     assert max(map(max, ranks.do(2, leftovers, tmp_path))) <= 0
 
 
+def devices_in_use(group: ProcessGroup, device: str, directory: Path) -> list[int]:
+    load(group, device, directory, SMALL, {"plan": {"t0": 0, "t1": 1}})
+    return [number for number in range(gpus) if torch._C._cuda_hasPrimaryContext(number)]
+
+
+def test_a_rank_leaves_the_others_devices_alone(ranks: Crew, tmp_path: Path) -> None:
+    write(tmp_path / "model.safetensors", [("F32", (300, 50)), ("BF16", (20, 333)), ("F32", (4000,))])
+    own = [[rank] if ranks.device == "cuda" else [] for rank in range(2)]
+    assert ranks.do(2, devices_in_use, tmp_path) == own
+
+
 def bring_or_die(group: ProcessGroup, device: str, directory: Path, hosts: str) -> None:
     members, relay = prepared(group, device, directory, {"t0": 1}, hosts)
     if members.rank == members.size - 1:
@@ -341,7 +352,7 @@ def test_every_rank_gets_the_model(ranks: Crew, tmp_path: Path) -> None:
 
     right = tiny_models.saved(tiny_models.mixtral().to(torch.bfloat16), tmp_path / "right")
     answers = ranks.do(2, built, right)
-    model = transformers.AutoModelForCausalLM.from_pretrained(right)
+    model = transformers.AutoModelForCausalLM.from_pretrained(right).to(ranks.device)
     assert answers == [found({**dict(model.named_parameters()), "logits": tiny_models.logits(model)})] * 2
     wrong = shutil.copytree(right, tmp_path / "wrong")
     for config, message in (

@@ -51,7 +51,7 @@ def test_the_ranks_of_a_host_read_each_byte_once(
             team = team_of(size, rank)
             shards_of_rank, planned = schedule(asked, team, pages * PAGE_BYTES)
             stages = [shard.nbytes for shard in shards_of_rank if not shard.tensors]
-            assert len(stages) <= windows.DEPTH
+            assert len(stages) <= windows.STAGES
             assert all(nbytes < stage + ALIGNMENT for nbytes in stages)
             for window in planned:
                 for block in window.blocks:

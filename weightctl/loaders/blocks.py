@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from weightctl.checkpoint import TensorEntry
@@ -73,19 +72,6 @@ class Placed:
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One file of a model, and the one buffer that its tensors are views of."""
-
-    path: Path
-    file_bytes: int
-    nbytes: int
-    """Of the buffer: a multiple of ALIGNMENT."""
-    tensors: tuple[Placed, ...]
-    blocks: tuple[Block, ...]
-    """Ordered by offset."""
-
-
-@dataclass(frozen=True)
 class Part:
     """What is wanted of a tensor."""
 
@@ -114,33 +100,28 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where one file's tensors lie in their shard's buffer, and what goes there."""
+class Shard:
+    """One file of a model, and the one buffer that its tensors are views of."""
 
     file: File
     nbytes: int
     """Of the buffer: a multiple of ALIGNMENT."""
     tensors: tuple[Placed, ...]
     runs: tuple[Run, ...]
-
-    def shard(self, blocks: Iterable[Block] = (), multiple: int = ALIGNMENT) -> Shard:
-        """The shard, brought by `blocks` to a buffer of a `multiple` of so many bytes."""
-        return Shard(
-            self.file.source, self.file.size, self.nbytes + -self.nbytes % multiple, self.tensors, tuple(blocks)
-        )
+    """What goes there, ordered by offset."""
 
 
 def lay_out(
     entries: Iterable[TensorEntry],
     dtypes: Mapping[str, torch.dtype] | None = None,
     parts: Mapping[str, Part] | None = None,
-) -> list[Layout]:
+) -> list[Shard]:
     """Find a place for each of `entries` (ordered by file, then by offset), or for that of it which `parts` names.
 
     Tensors that follow one another in the file do so in the buffer, so that one copy brings many, except where the
     next place would be misaligned. Raises UsageError for a dtype that torch has not.
     """
-    layouts = []
+    shards = []
     for file, group in itertools.groupby(entries, key=lambda entry: entry.file):
         tensors, runs, end = [], [], 0
         for entry in group:
@@ -156,31 +137,17 @@ def lay_out(
                 runs.append(Run(offset, count * tensor.dtype.itemsize, place, cast))
                 place += count * dtype.itemsize
             end += tensors[-1].nbytes
-        layouts.append(Layout(file, end + -end % ALIGNMENT, tuple(tensors), tuple(runs)))
-    return layouts
-
-
-def plan(
-    entries: Sequence[TensorEntry],
-    block_bytes: int,
-    names: Collection[str] | None = None,
-    dtypes: Mapping[str, torch.dtype] | None = None,
-) -> list[Shard]:
-    """How to load `entries` (ordered by file, then by offset), or those called `names`, in blocks of up to
-    `block_bytes` (a multiple of PAGE_BYTES, two at least), with the tensors named in `dtypes` converted.
-
-    Raises UsageError for a dtype that torch has not.
-    """
-    wanted = [entry for entry in entries if names is None or entry.name in names]
-    return [layout.shard(blocks_of(layout.runs, block_bytes)) for layout in lay_out(wanted, dtypes)]
+        shards.append(Shard(file, end + -end % ALIGNMENT, tuple(tensors), tuple(runs)))
+    return shards
 
 
 def blocks_of(runs: Iterable[Run], block_bytes: int) -> Iterator[Block]:
-    """The blocks that bring `runs` (ordered by offset), each of up to `block_bytes`."""
+    """The blocks that bring `runs` (ordered by offset), each of up to `block_bytes` (a multiple of PAGE_BYTES, two at
+    least)."""
     pieces: list[Piece] = []
     first = end = 0  # of the block that is being filled, in the file
-    for run in runs:
-        at, stop, place = run.offset, run.offset + run.nbytes, run.place
+    for run in _joined(runs):
+        at, stop, place, cast = run.offset, run.offset + run.nbytes, run.place, run.cast
         while at < stop:
             if pieces and at - end > GAP_BYTES:
                 yield Block(first, end - first, tuple(pieces))
@@ -188,23 +155,28 @@ def blocks_of(runs: Iterable[Run], block_bytes: int) -> Iterator[Block]:
             if not pieces:
                 first = at // PAGE_BYTES * PAGE_BYTES
             count = min(stop, first + block_bytes) - at
-            if run.cast and at + count < stop:
-                count -= count % run.cast.source.itemsize
+            if cast and at + count < stop:
+                count -= count % cast.source.itemsize
             if count <= 0:
                 yield Block(first, end - first, tuple(pieces))
                 pieces = []
                 continue
-            _append(pieces, Piece(at - first, count, place, run.cast))
+            pieces.append(Piece(at - first, count, place, cast))
             at = end = at + count
-            place += count if run.cast is None else count // run.cast.source.itemsize * run.cast.target.itemsize
+            place += count if cast is None else count // cast.source.itemsize * cast.target.itemsize
     if pieces:
         yield Block(first, end - first, tuple(pieces))
 
 
-def _append(pieces: list[Piece], piece: Piece) -> None:
-    """Add `piece`, as part of the last one where it continues that in the file and in memory."""
-    last = pieces[-1] if pieces else None
-    if last and not last.cast and not piece.cast and (piece.start, piece.place) == (last.end, last.place + last.nbytes):
-        pieces[-1] = Piece(last.start, last.nbytes + piece.nbytes, last.place)
-    else:
-        pieces.append(piece)
+def _joined(runs: Iterable[Run]) -> Iterator[Run]:
+    """Those that follow one another in the file and in memory as one, so that one copy brings them."""
+    last: Run | None = None
+    for run in runs:
+        if last and not (last.cast or run.cast) and run.offset - last.offset == run.place - last.place == last.nbytes:
+            last = Run(last.offset, last.nbytes + run.nbytes, last.place, None)
+        else:
+            if last:
+                yield last
+            last = run
+    if last:
+        yield last

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from weightctl.errors import WeightctlError
 from weightctl.loaders.blocks import Shard
+from weightctl.loaders.cuda import on_stream
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +63,7 @@ class Buffers:
         import torch
 
         try:
-            with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
+            with on_stream(self.stream) if self.stream else contextlib.nullcontext():
                 return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         except RuntimeError as error:  # the CPU's allocator has no error of its own for that
             if self.stream and not isinstance(error, torch.cuda.OutOfMemoryError):

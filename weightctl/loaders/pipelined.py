@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections import deque
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from weightctl.config import Config
 from weightctl.loaders.base import Loader, loaders
-from weightctl.loaders.blocks import PAGE_BYTES, Block, Shard, plan
+from weightctl.loaders.blocks import PAGE_BYTES, Block, Shard, blocks_of, lay_out
 from weightctl.loaders.buffers import Buffers
 from weightctl.loaders.lanes import CudaLane, Lane, StraightLane, pinned
 from weightctl.loaders.reading import Source
@@ -81,10 +81,10 @@ class PipelinedLoader(Loader):
     ) -> dict[str, torch.Tensor]:
         """Reads no more than it must, and converts on the device, block by block."""
         with watched_checkpoint(snapshot) as checkpoint:
-            nbytes = sum(entry.nbytes for entry in checkpoint.tensors if names is None or entry.name in names)
-            tuning = Tuning.of(nbytes, Config.load().ring_bytes)
-            shards = plan(checkpoint.tensors, tuning.block_bytes, names, dtypes)
-            return load_shards(shards, device, StraightLane if device == "cpu" else CudaLane, tuning)
+            wanted = [entry for entry in checkpoint.tensors if names is None or entry.name in names]
+            tuning = Tuning.of(sum(entry.nbytes for entry in wanted), Config.load().ring_bytes)
+            lane = StraightLane if device == "cpu" else CudaLane
+            return load_shards(lay_out(wanted, dtypes), device, lane, tuning)
 
 
 def load_shards(shards: Sequence[Shard], device: str, lane: type[Lane], tuning: Tuning) -> dict[str, torch.Tensor]:
@@ -93,16 +93,17 @@ def load_shards(shards: Sequence[Shard], device: str, lane: type[Lane], tuning: 
     The first failure stops them all. Of memory, threads and descriptors, only the tensors' own outlives this.
     """
     buffers = Buffers(shards, device)
-    sources = [Source(shard.path, shard.file_bytes) for shard in shards]
-    blocks = deque((index, block) for index, shard in enumerate(shards) for block in shard.blocks)
+    sources = [Source(shard.file.source, shard.file.size) for shard in shards]
+    supply = Supply(shards, tuning.block_bytes)
 
     def bring(_: int) -> None:
         with contextlib.closing(lane(sources, buffers, tuning.block_bytes, tuning.slabs)) as mine:
-            for index, block in _taken(blocks):
+            for index, block in supply:
                 pause(0)
                 mine.bring(index, block)
 
-    readers = min(tuning.readers, len(blocks))
+    # As many as blocks, or a few more where there are few.
+    readers = min(tuning.readers, sum(1 + run.nbytes // tuning.block_bytes for shard in shards for run in shard.runs))
     try:
         if readers:
             in_parallel(bring, range(readers), readers)
@@ -111,11 +112,20 @@ def load_shards(shards: Sequence[Shard], device: str, lane: type[Lane], tuning: 
         buffers.clear()  # the traceback of an error would keep them
 
 
-def _taken(blocks: deque[tuple[int, Block]]) -> Iterator[tuple[int, Block]]:
-    """Whoever asks takes the next, until none is left."""
-    while True:
-        try:
-            block = blocks.popleft()
-        except IndexError:
-            return
-        yield block
+class Supply:
+    """The blocks of all shards, each for whoever asks next, made as they are asked for: reading need not wait for a
+    large model's thousands."""
+
+    def __init__(self, shards: Sequence[Shard], block_bytes: int) -> None:
+        self._lock = threading.Lock()
+        self._left = (
+            (index, block) for index, shard in enumerate(shards) for block in blocks_of(shard.runs, block_bytes)
+        )
+
+    def __iter__(self) -> Iterator[tuple[int, Block]]:
+        while True:
+            with self._lock:
+                taken = next(self._left, None)
+            if taken is None:
+                return
+            yield taken

@@ -96,14 +96,14 @@ class Ranks:
         return found
 
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Every rank's, one after the other. No kernel of torch's is in it, since the first use of one takes 20 ms."""
         import torch
-        from torch import distributed
 
         sent = tensor.to(self._device)
-        received = [torch.empty_like(sent) for _ in range(self.size)]
+        received = torch.empty((self.size, *sent.shape), dtype=sent.dtype, device=self._device)
         with translated_group_errors(self.group):
-            distributed.all_gather(received, sent, group=self.group)
-            return torch.stack(received).cpu()
+            _all_gather(received.view(-1), sent, self.group).wait()
+            return received.cpu()
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,9 @@ class Team:
         """This one's, in the group."""
         return self.ranks[self.index]
 
-    def gather(self, whole: torch.Tensor) -> list[Work]:
-        """Begin to fill `whole`, of which each rank has one of `size` equal parts, in their order; what to wait for.
+    def gather(self, whole: torch.Tensor) -> Callable[[], list[Work]]:
+        """What begins to fill `whole`, of which each rank has one of `size` equal parts, in their order, and gives what
+        to wait for.
 
         To send to one rank after the other, as several hosts must, NCCL sets up channels of their own: on two H200s
         half a second and a gigabyte of each device, the first time.
@@ -142,11 +143,9 @@ class Team:
 
         parts = whole.view(self.size, -1).unbind()
         if self.size == 1:
-            return []
+            return list
         if self.size == distributed.get_world_size(self.group):
-            # Since torch 2.13 its name is all_gather_single.
-            gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
-            return [gather(whole, parts[self.index], group=self.group, async_op=True)]
+            return lambda: [_all_gather(whole, parts[self.index], self.group)]
         operations = [
             operation
             for other, part in enumerate(parts)
@@ -156,9 +155,22 @@ class Team:
                 P2POp(irecv, part, self.addresses[other], self.group),
             )
         ]
-        works = batch_isend_irecv(operations)
-        # Receives first: of a partner that dies gloo tells them, but not a send that is half on its way.
-        return [*works[1::2], *works[::2]]
+
+        def begin() -> list[Work]:
+            works = batch_isend_irecv(operations)
+            # Receives first: of a partner that dies gloo tells them, but not a send that is half on its way.
+            return [*works[1::2], *works[::2]]
+
+        return begin
+
+
+def _all_gather(whole: torch.Tensor, part: torch.Tensor, group: ProcessGroup) -> Work:
+    from torch import distributed
+
+    # Since torch 2.13 its name is all_gather_single.
+    gather: Any = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+    work: Work = gather(whole, part, group=group, async_op=True)
+    return work
 
 
 @contextlib.contextmanager

@@ -7,11 +7,10 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weightctl.checkpoint import TensorEntry
-from weightctl.loaders.blocks import ALIGNMENT, Block, Cast, Layout, Run, Shard, blocks_of, lay_out
+from weightctl.loaders.blocks import ALIGNMENT, Block, Cast, Run, Shard, blocks_of, lay_out
 from weightctl.loaders.buffers import Buffers
 from weightctl.loaders.ranks import Team
 from weightctl.loaders.safetensors import described
@@ -29,8 +28,8 @@ STAGE_BYTES = 64 << 20
 """A tensor that is cut across its rows passes through so much of each rank's memory at a time. Where that has no room
 for a row from every rank of the host, each reads its own stretches."""
 
-DEPTH = 3
-"""Exchanges under way at once, each with a stage of its own where it needs one."""
+STAGES = 3
+"""While one is exchanged, the others are filled."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +48,16 @@ class Columns:
     place: int
     """Where the stretches go, one after the other."""
 
-    def keep(self, stage: torch.Tensor, buffers: Buffers) -> None:
-        """Copy them out of the stage, in words as long as they can be."""
+    def views(self, stage: torch.Tensor, buffers: Buffers) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where they go, and they themselves, alike in shape, in words as long as they can be."""
         import torch
 
-        to = buffers[self.buffer][self.place : self.place + self.rows * (self.last - self.first)]
+        place = buffers[self.buffer][self.place : self.place + self.rows * (self.last - self.first)]
         word = math.gcd(8, self.start, self.first, self.last, self.row_bytes, self.place)
         integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[word]
         rows = stage[self.start : self.start + self.rows * self.row_bytes].view(integer).view(self.rows, -1)
         stretch = rows[:, self.first // word : self.last // word]
-        to.view(integer).view(stretch.shape).copy_(stretch)
+        return place.view(integer).view(stretch.shape), stretch
 
 
 @dataclass(frozen=True)
@@ -115,31 +114,32 @@ def schedule(asked: Asked, team: Team, block_bytes: int) -> tuple[list[Shard], l
     windows: list[Window] = []
     for file, group in itertools.groupby(asked.entries, key=lambda entry: entry.file):
         entries = list(group)
-        for layout in lay_out([entry for entry in entries if entry.name not in asked.cuts], asked.dtypes):
-            shards.append(layout.shard(multiple=ALIGNMENT * team.size))
-            windows += _gathers(layout, len(shards) - 1, shards[-1].nbytes, team, block_bytes)
+        for shard in lay_out([entry for entry in entries if entry.name not in asked.cuts], asked.dtypes):
+            whole = dataclasses.replace(shard, nbytes=shard.nbytes + -shard.nbytes % (ALIGNMENT * team.size))
+            shards.append(whole)
+            windows += _gathers(whole, len(shards) - 1, team, block_bytes)
         cut = [entry for entry in entries if entry.name in asked.cuts]
         parts = {e.name: asked.cuts[e.name].part(team.rank, read=not asked.is_dealt(e, team)) for e in cut}
-        for layout in lay_out(cut, asked.dtypes, parts):
-            shards.append(layout.shard())
-            windows.append(Window(file, len(shards) - 1, tuple(blocks_of(layout.runs, block_bytes))))
+        for shard in lay_out(cut, asked.dtypes, parts):
+            shards.append(shard)
+            windows.append(Window(file, len(shards) - 1, tuple(blocks_of(shard.runs, block_bytes))))
             places = [
-                (e, tensor.place) for e, tensor in zip(cut, layout.tensors, strict=True) if asked.is_dealt(e, team)
+                (e, tensor.place) for e, tensor in zip(cut, shard.tensors, strict=True) if asked.is_dealt(e, team)
             ]
             windows += _deals(places, asked, len(shards) - 1, team, block_bytes)
     return _with_stages(shards, windows)
 
 
-def _gathers(layout: Layout, buffer: int, nbytes: int, team: Team, block_bytes: int) -> Iterator[Window]:
+def _gathers(shard: Shard, buffer: int, team: Team, block_bytes: int) -> Iterator[Window]:
     if team.size == 1:
-        yield Window(layout.file, buffer, tuple(blocks_of(layout.runs, block_bytes)))
+        yield Window(shard.file, buffer, tuple(blocks_of(shard.runs, block_bytes)))
         return
-    for first in range(0, nbytes, team.size * PART_BYTES):
-        last = min(first + team.size * PART_BYTES, nbytes)
+    for first in range(0, shard.nbytes, team.size * PART_BYTES):
+        last = min(first + team.size * PART_BYTES, shard.nbytes)
         part = (last - first) // team.size
         begin = first + team.index * part
-        runs = [run for whole in layout.runs if (run := whole.within(begin, begin + part))]
-        yield Window(layout.file, buffer, tuple(blocks_of(runs, block_bytes)), Exchange(buffer, first, last))
+        runs = [run for whole in shard.runs if (run := whole.within(begin, begin + part))]
+        yield Window(shard.file, buffer, tuple(blocks_of(runs, block_bytes)), Exchange(buffer, first, last))
 
 
 @dataclass(frozen=True)
@@ -228,11 +228,11 @@ def _with_stages(shards: list[Shard], windows: list[Window]) -> tuple[list[Shard
     found = list(windows)
     staged = [(n, window.exchange) for n, window in enumerate(windows) if window.exchange and window.buffer < 0]
     for turn, (number, exchange) in enumerate(staged):
-        stage = len(shards) + turn % DEPTH
-        after = staged[turn - DEPTH][0] if turn >= DEPTH else -1
+        stage = len(shards) + turn % STAGES
+        after = staged[turn - STAGES][0] if turn >= STAGES else -1
         found[number] = dataclasses.replace(
             windows[number], buffer=stage, exchange=dataclasses.replace(exchange, buffer=stage), after=after
         )
     nbytes = max((exchange.last for _, exchange in staged), default=0)
-    stages = [Shard(Path(), 0, nbytes, (), ())] * min(DEPTH, len(staged))
+    stages = [Shard(windows[number].file, nbytes, (), ()) for number, _ in staged[:STAGES]]
     return [*shards, *stages], found
