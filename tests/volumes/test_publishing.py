@@ -106,6 +106,21 @@ def test_two_models_under_one_name_at_once(volume: Path, tmp_path: Path) -> None
     assert staged(volume) == []
 
 
+def test_a_push_that_stood_still_for_too_long_publishes_nothing(volume: Path, model: Path) -> None:
+    """A host that does not see its lock has taken it for dead, and goes on where it was."""
+    process = start_halting(signal.SIGSTOP, READ, 1, "push-volume", model, volume)
+    (lease,) = (volume / ".weightctl" / "staging").glob("*.lease")
+    owner = json.loads(lease.read_text())
+    lease.write_text(json.dumps({**owner, "host": "another", "token": "its own"}).ljust(512))
+    process.send_signal(signal.SIGCONT)
+    _, errors = process.communicate()
+    assert process.returncode == 1
+    assert "error: this push stood still for so long that another process has taken it over" in errors
+    assert not list(volume.glob(f"{model.name}/*"))
+    assert lease.exists()
+    assert models.contents(lease.with_suffix("") / "files") == models.contents(model)
+
+
 def test_a_disk_that_is_full_from_the_start(model: Path, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 2 << 20) as disk:
         first = publish(disk, models.write_model(tmp_path / "small", shards=1, size=100))

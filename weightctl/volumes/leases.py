@@ -58,33 +58,46 @@ class Owner:
         return f"{self.host}:{self.pid}"
 
 
+@dataclass(frozen=True)
+class Lease:
+    """One that this process holds."""
+
+    path: Path
+    descriptor: int
+    owner: Owner
+
+    def is_ours(self) -> bool:
+        """Whether it still is: a process that stood still for too long was taken for dead by hosts that do not see its
+        lock. Raises OSError."""
+        return _is_at(self.descriptor, self.path) and _read(self.descriptor) in (self.owner, None)
+
+
 @contextlib.contextmanager
-def held(path: Path, *, wait: bool = True, on_wait: Callable[[], object] = lambda: None) -> Iterator[None]:
+def held(path: Path, *, wait: bool = True, on_wait: Callable[[], object] = lambda: None) -> Iterator[Lease]:
     """Hold the lease `path` for the block; one process at a time does, wherever on the volume's hosts it runs.
 
     A lock (flock) holds it where locks work, and dies with its process. For hosts that do not see the lock, and on
     filesystems that have none, a heartbeat does. `on_wait` is called once if another holds it. Raises BlockingIOError
     if another holds it and we are not to wait.
     """
-    while (acquired := _acquire(path)) is None:
+    while (lease := _acquire(path)) is None:
         if not wait:
             raise BlockingIOError(f"{path} is held")
         on_wait()
         on_wait = lambda: None  # noqa: E731
         time.sleep(POLL_SECONDS)
-    descriptor, owner = acquired
     over = threading.Event()
-    beating = threading.Thread(target=_beat, args=(descriptor, over), daemon=True)
+    beating = threading.Thread(target=_beat, args=(lease.descriptor, over), daemon=True)
     beating.start()
     try:
-        yield
+        yield lease
     finally:
         over.set()
         beating.join()
         with contextlib.suppress(OSError):
-            if _is_at(descriptor, path) and _read(descriptor) in (owner, None):  # else we were taken for dead
+            if lease.is_ours():
                 path.unlink()
-        os.close(descriptor)
+        os.close(lease.descriptor)
 
 
 def owner_of(path: Path) -> Owner | None:
@@ -106,8 +119,8 @@ def owner_of(path: Path) -> Owner | None:
         os.close(descriptor)
 
 
-def _acquire(path: Path) -> tuple[int, Owner] | None:
-    """The descriptor of the lease, now ours, and what we wrote into it; None while another has it."""
+def _acquire(path: Path) -> Lease | None:
+    """The lease, now ours; None while another has it."""
     try:
         descriptor, new = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _FLAGS, 0o666), True
     except FileExistsError:
@@ -128,7 +141,7 @@ def _acquire(path: Path) -> tuple[int, Owner] | None:
                 time.sleep(SETTLE_SECONDS)
                 free = _is_at(descriptor, path) and _read(descriptor) == owner
             if free:
-                return descriptor, owner
+                return Lease(path, descriptor, owner)
     except BaseException:
         if new:  # nobody need wait for a name that does not come
             with contextlib.suppress(OSError):

@@ -45,7 +45,7 @@ class Push:
         mount, flat_name = self.mount, flat(self.name)
         mount.check()
         mount.check_place(self.name)
-        with mount.staging.work(f"{flat_name}@{_key(snapshot)}", self._tell) as work:
+        with mount.staging.work(f"{flat_name}@{_key(snapshot)}", self._tell) as (work, lease):
             snapshot = self._identified(snapshot)
             mount.staging.sweep((f"{flat_name}@", PRUNING))
             staging = downloads or work / "files"
@@ -64,6 +64,11 @@ class Push:
                 path = _path(mount, snapshot, self.name)
                 with mount.naming(self.name):
                     mount.check()
+                    if not lease.is_ours():
+                        raise WeightctlError(
+                            "this push stood still for so long that another process has taken it over",
+                            "push again, to see how far that one is",
+                        )
                     if path.is_dir() != (there is not None):
                         continue  # it was pruned meanwhile, or is one that nobody knew by its hashes
                     if there:

@@ -20,25 +20,27 @@ class Staging:
         self._root = root
 
     @contextlib.contextmanager
-    def work(self, key: str, on_wait: Callable[[], object] = lambda: None) -> Iterator[Path]:
-        """The directory of the work `key`, which one process at a time does, with what a dead one left in it.
+    def work(self, key: str, on_wait: Callable[[], object] = lambda: None) -> Iterator[tuple[Path, leases.Lease]]:
+        """The directory of the work `key`, which one process at a time does, with what a dead one left in it; and the
+        lease of who does it.
 
         It is removed when the block ends well, and kept for the next one when it does not; where the disk is full,
         room is worth more to everybody than work half done.
         """
         storage.make_directories(self._root, 0o755)
         directory = self._root / key
-        with leases.held(self._lease(key), on_wait=on_wait):
+        with leases.held(self._lease(key), on_wait=on_wait) as lease:
             for link in links_in(directory):
                 link.unlink()
             directory.mkdir(exist_ok=True)
             try:
-                yield directory
+                yield directory, lease
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     shutil.rmtree(directory, ignore_errors=True)
                 raise
-            _remove(directory)
+            if lease.is_ours():
+                _remove(directory)
 
     def sweep(self, prefixes: tuple[str, ...], *, dry_run: bool = False) -> int:
         """Remove the work whose key begins so and whose process is dead; how much there was."""
