@@ -176,12 +176,18 @@ class Config:
     )
 
     @classmethod
-    def load(cls, flags: Mapping[str, object] | None = None, directory: Path | None = None) -> Config:
-        """The configuration in force. `flags` whose value is None are not set. Raises UsageError for a bad value."""
-        return cls(**{name: value for name, (value, _) in resolve(flags, directory).items()})
+    def load(
+        cls, flags: Mapping[str, object] | None = None, directory: Path | None = None, *, dashes: str = "--"
+    ) -> Config:
+        """The configuration in force. `flags` whose value is None are not set. Raises UsageError for a bad value, which
+        calls a flag by its name behind `dashes`.
+        """
+        return cls(**{name: value for name, (value, _) in resolve(flags, directory, dashes=dashes).items()})
 
 
-def resolve(flags: Mapping[str, object] | None = None, directory: Path | None = None) -> dict[str, tuple[Any, str]]:
+def resolve(
+    flags: Mapping[str, object] | None = None, directory: Path | None = None, *, dashes: str = "--"
+) -> dict[str, tuple[Any, str]]:
     """Every setting's name → its value and where that came from."""
     files = [(path, _read(path)) for path in config_files(directory)]
     found: dict[str, tuple[Any, str]] = {}
@@ -189,7 +195,7 @@ def resolve(flags: Mapping[str, object] | None = None, directory: Path | None = 
         variable = f"WEIGHTCTL_{setting.name.upper()}"
         flag = (flags or {}).get(setting.name)
         if flag is not None:
-            origin = f"--{setting.name.replace('_', '-')}"
+            origin = f"{dashes}{setting.name.replace('_', '-')}"
             found[setting.name] = (_parsed(setting, flag, origin), origin)
         elif os.environ.get(variable):
             found[setting.name] = (_parsed(setting, os.environ[variable], variable), variable)

@@ -42,7 +42,8 @@ def test_every_command_explains_itself(command: str) -> None:
         (["bake", "./m"], "missing option '--tag'", "weightctl bake"),
         (["bake", "--tga", "x"], "no such option: --tga", "weightctl bake"),
         (["bench", "m", "--nproc", "no"], "invalid value for '--nproc'", "weightctl bench"),
-        (["pull", "--revision"], "option '--revision' requires an argument", "weightctl"),
+        (["pull", "--revision"], "option '--revision' requires an argument", "weightctl pull"),
+        (["--verison"], "no such option: --verison", "weightctl"),
     ],
 )
 def test_a_command_line_that_cannot_be_read(arguments: list[str], why: str, where: str) -> None:

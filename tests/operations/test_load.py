@@ -272,7 +272,8 @@ def test_what_cannot_be_is_said(tmp_path: Path, crepe: Path) -> None:
     refused(weightctl.UsageError, "pipelined", "tensorizer", model=tmp_path, strategy="fastest")
     refused(weightctl.UsageError, "no torch weights", model=tmp_path, strategy="torch")
     refused(weightctl.UsageError, "config.json", model=tmp_path, load=weightctl.load_model)
-    refused(weightctl.UsageError, "toaster", model=tmp_path, device="toaster")
+    with pytest.raises(weightctl.UsageError, match="^device is 'toaster'"):
+        weightctl.load(tmp_path, "toaster")
     refused(weightctl.UsageError, "--include", "tiny.pth", model=crepe)
     if not torch.cuda.is_available():
         refused(weightctl.UsageError, "cuda", "cpu", model=tmp_path, device="cuda")

@@ -31,6 +31,9 @@ from weightctl.errors import UsageError, WeightctlError
 
 HELP = {"-h", "--help"}
 
+COMMAND = __name__
+"""What a context calls the command line as far as it could be read: not every error of typer's knows."""
+
 Misread: Any = typer.BadParameter.__bases__[0]
 """What typer raises for a command line that it cannot read. Where that class lies changes with its versions."""
 
@@ -41,7 +44,8 @@ class Boundary(typer.core.TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Answer --help before typer builds its validators: importing their library alone takes 0.15 s."""
         command = self.get_command(ctx, args[0]) if args else None
-        with errors_shown():
+        ctx.meta[COMMAND] = f"weightctl {args[0]}" if command else "weightctl"
+        with errors_shown(ctx):
             if not ctx.resilient_parsing and (not args or args[0] in HELP or (command and HELP & set(args))):
                 ui.show((type(ctx)(command, parent=ctx, info_name=args[0]) if command else ctx).get_help())
                 raise typer.Exit(0 if args else 2)
@@ -49,19 +53,18 @@ class Boundary(typer.core.TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
-        with errors_shown():
+        with errors_shown(ctx):
             return super().invoke(ctx)
 
 
 @contextmanager
-def errors_shown() -> Iterator[None]:
+def errors_shown(ctx: Any) -> Iterator[None]:
     """End with an expected error's message and exit code. An unexpected one keeps its traceback: it is a bug."""
     try:
         yield
     except Misread as error:
         words = error.format_message().rstrip(".")
-        command = f"weightctl {error.ctx.info_name}" if error.ctx and error.ctx.parent else "weightctl"
-        ui.show_error(UsageError(words[0].lower() + words[1:], f"{command} --help"))
+        ui.show_error(UsageError(words[0].lower() + words[1:], f"{ctx.meta[COMMAND]} --help"))
         raise typer.Exit(UsageError.exit_code) from error
     except WeightctlError as error:
         ui.show_error(error)

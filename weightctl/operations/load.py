@@ -175,7 +175,8 @@ def _chosen(
     shared: Ranks | None = None,
 ) -> tuple[Snapshot, Loader, str]:
     strategy = _shared(strategy) if shared else strategy
-    config = Config.load({name: v for name, v in (("device", str(device)), ("strategy", strategy)) if v != "auto"})
+    given = {name: value for name, value in (("device", str(device)), ("strategy", strategy)) if value != "auto"}
+    config = Config.load(given, dashes="")
     if not isinstance(model, (str, Path)):
         raise UsageError(f"a MODEL is a string or a Path, not {model!r}", "./dir, or org/name")
     text = str(model)
