@@ -272,7 +272,7 @@ def test_what_cannot_be_is_said(tmp_path: Path, crepe: Path) -> None:
     refused(weightctl.UsageError, "pipelined", "tensorizer", model=tmp_path, strategy="fastest")
     refused(weightctl.UsageError, "no torch weights", model=tmp_path, strategy="torch")
     refused(weightctl.UsageError, "config.json", model=tmp_path, load=weightctl.load_model)
-    with pytest.raises(weightctl.UsageError, match="^device is 'toaster'"):
+    with pytest.raises(weightctl.UsageError, match=r"^device is 'toaster'"):
         weightctl.load(tmp_path, "toaster")
     refused(weightctl.UsageError, "--include", "tiny.pth", model=crepe)
     if not torch.cuda.is_available():

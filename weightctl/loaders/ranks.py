@@ -135,8 +135,7 @@ class Team:
         """What begins to fill `whole`, of which each rank has one of `size` equal parts, in their order, and gives what
         to wait for.
 
-        To send to one rank after the other, as several hosts must, NCCL sets up channels of their own: on two H200s
-        half a second and a gigabyte of each device, the first time.
+        To send to one rank after the other, as several hosts must, NCCL sets up channels of their own, the first time.
         """
         from torch import distributed
         from torch.distributed import P2POp, batch_isend_irecv, irecv, isend
