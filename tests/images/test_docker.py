@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
+import hashlib
 import io
 import json
 import os
@@ -12,27 +14,28 @@ import socketserver
 import tarfile
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
 from tests import models
 from tests.command import Outcome, weightctl
 from tests.images.conformance import Image, ImagesConformance, files_of, plan, read_layout
 from tests.services import docker_engine, tool
 from weightctl.config import Config
-from weightctl.errors import UsageError, WeightctlError
+from weightctl.errors import IntegrityError, UsageError, WeightctlError
 from weightctl.images import Baked, DockerImages, LayoutImages
 from weightctl.images.engine import connect, refusal
-from weightctl.images.engine_save import saved_image
-from weightctl.images.oci import ImageName
+from weightctl.images.engine_save import _saved_layer, saved_image
+from weightctl.images.oci import LAYER, LAYER_GZIP, LAYER_ZSTD, Descriptor, ImageName
 from weightctl.images.plan import ImagePlan
 from weightctl.operations.base import open_base
-from weightctl.progress import Progress
+from weightctl.progress import Progress, Task
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +211,33 @@ def test_what_an_engine_cannot_save_is_its_own_fault(model: Path, tmp_path: Path
     built = DockerImages().build("FROM scratch\nLABEL a=b\n", None, Progress())
     with connect() as engine, pytest.raises(WeightctlError, match="the Docker engine refuses: empty export"):
         saved_image(engine, inspect(built), built, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("packed", "media_type"), [(bytes, LAYER), (gzip.compress, LAYER_GZIP), (zstandard.compress, LAYER_ZSTD)]
+)
+def test_a_saved_layer_is_called_what_it_is(tmp_path: Path, packed: Callable[[bytes], bytes], media_type: str) -> None:
+    """Engines save layers as they keep them: unpacked, or as they were pulled."""
+    content = packed(bytes(10_000))
+    (tmp_path / "layer").write_bytes(content)
+    layer, _ = _saved_layer(tmp_path / "layer", "sha256:0")
+    digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+    assert (layer.blob, layer.diff_id) == (Descriptor(media_type, digest, len(content)), "sha256:0")
+
+
+def test_another_image_under_the_name_is_noticed(model: Path, tmp_path: Path) -> None:
+    bake(plan(models.write_model(tmp_path / "other", seed=3)), "engine-other:v1")
+
+    class Taken(Task):
+        def close(self) -> None:
+            tool("docker", "tag", "engine-other:v1", "engine-taken:v1")
+
+    class Rival(Progress):
+        def task(self, description: str, total: int) -> Task:
+            return Taken()
+
+    with pytest.raises(IntegrityError, match="the engine holds other layers under engine-taken:v1 than were sent"):
+        DockerImages().bake(plan(model), ImageName.parse("engine-taken:v1"), config=Config(), progress=Rival())
 
 
 def test_a_template_that_does_not_build(model: Path, tmp_path: Path) -> None:
