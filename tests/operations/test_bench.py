@@ -176,15 +176,21 @@ def test_what_hangs_is_stopped_with_its_children(tmp_path: Path, monkeypatch: py
     wait_for(lambda: not processes(word))
 
 
-def test_an_interrupted_bench_leaves_no_process(tmp_path: Path) -> None:
-    model = small_model(tmp_path / "model")
+def test_an_interrupted_bench_shows_what_it_has_and_leaves_no_process(tmp_path: Path) -> None:
     (tmp_path / "tmp").mkdir()
-    process = start("bench", model, "--runs", 1000, TMPDIR=str(tmp_path / "tmp"))
-    wait_for(lambda: children(process.pid))
+    saved = tmp_path / "result.json"
+    process = start(
+        "bench", small_model(tmp_path / "model"), "--strategy", "safetensors", "--cache", "warm", "--precision", 0,
+        "--runs", 1000, "--output", saved, TMPDIR=str(tmp_path / "tmp"),
+    )  # fmt: skip
+    wait_for(lambda: saved.exists() and children(process.pid))
     running = children(process.pid)
     process.send_signal(signal.SIGINT)
-    process.communicate()
-    assert process.returncode in (130, -signal.SIGINT)  # during an import it ends Python by the signal itself
+    stdout, stderr = process.communicate()
+    assert process.returncode == 130
+    assert stderr.endswith("error: interrupted\nhint: the figures are of the runs before that\n")
+    assert "safetensors" in stdout
+    assert not read_result(saved).complete
     wait_for(lambda: not running & processes("weightctl.benchmark.child"))
     assert list((tmp_path / "tmp").glob("weightctl*")) == []
 
