@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Sequence
@@ -91,3 +92,8 @@ def models(draw: st.DrawFn, longest: int = 20_000) -> list[tuple[Shapes, int]]:
 def mark(where: bytearray, start: int, count: int) -> None:
     assert not any(where[start : start + count])
     where[start : start + count] = b"\1" * count
+
+
+def bytes_in_tensors() -> int:
+    """Of all that live in this process."""
+    return sum(thing.nbytes for thing in gc.get_objects() if type(thing) is torch.Tensor)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import weightctl
-from tests.loaders.samples import DEVICES, LANES, Shapes, check, entries, models, sample, write
+from tests.loaders.samples import DEVICES, LANES, Shapes, bytes_in_tensors, check, entries, models, sample, write
 from weightctl.checkpoint import TensorEntry
 from weightctl.errors import IntegrityError, UsageError, WeightctlError
 from weightctl.loaders.blocks import PAGE_BYTES, Shard, lay_out
@@ -133,7 +133,9 @@ def nothing_left() -> Iterator[None]:
     threads, files = set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
     mapped = len(Path("/proc/self/maps").read_text().splitlines())
     device = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    host = bytes_in_tensors()
     yield
+    assert bytes_in_tensors() == host
     assert not set(threading.enumerate()) - threads
     assert len(os.listdir("/proc/self/fd")) <= files
     assert len(Path("/proc/self/maps").read_text().splitlines()) <= mapped + 100  # threads map some, and that stays

@@ -28,7 +28,7 @@ from torch.distributed import ProcessGroup
 
 import weightctl
 from tests.loaders.crew import Crew, crew
-from tests.loaders.samples import Shapes, entries, models, write
+from tests.loaders.samples import Shapes, bytes_in_tensors, entries, models, write
 from weightctl.errors import IntegrityError, UsageError, WeightctlError
 from weightctl.loaders import windows
 from weightctl.loaders.ranks import Ranks
@@ -157,6 +157,21 @@ def test_a_part_of_a_model_converted_and_cut(ranks: Crew, tmp_path: Path) -> Non
         assert answers == [expected(wanted, {"*.up.*": 0, "*.down.*": 1}, rank, size) for rank in range(size)]
 
 
+def load_amid_other_modes(group: ProcessGroup, device: str, directory: Path, options: dict[str, Any]) -> Found:
+    with torch.inference_mode(), torch.device("meta"):
+        tensors = weightctl.load(directory, device, process_group=group, **options)
+    assert not any(tensor.is_inference() for tensor in tensors.values())
+    return found(tensors)
+
+
+@pytest.mark.parametrize("plan", [{}, {"t0": 0, "t1": 1}])
+def test_torchs_modes_change_nothing(ranks: Crew, tmp_path: Path, plan: Mapping[str, int]) -> None:
+    write(tmp_path / "model.safetensors", [("F32", (300, 50)), ("BF16", (20, 333)), ("F32", (4000,))])
+    tensors = weightctl.load(tmp_path, "cpu", "safetensors")
+    answers = ranks.do(2, load_amid_other_modes, tmp_path, {"plan": plan} if plan else {})
+    assert answers == [expected(tensors, plan, rank, 2) for rank in range(2)]
+
+
 def on_host(group: ProcessGroup, device: str, directory: Path, options: dict[str, Any], host: str) -> Found:
     os.environ["NCCL_HOSTID"] = host
     try:
@@ -274,8 +289,12 @@ def load_in_little_memory(group: ProcessGroup, device: str, directory: Path, lit
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     if little:
         resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20), usual[1]))
+    before = bytes_in_tensors()
     try:
         return load(group, device, directory, {}, {})
+    except WeightctlError:
+        assert bytes_in_tensors() == before  # though the error is still there
+        raise
     finally:
         resource.setrlimit(resource.RLIMIT_AS, usual)
 

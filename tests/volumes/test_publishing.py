@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,21 @@ def test_a_push_that_stood_still_for_too_long_publishes_nothing(volume: Path, mo
     assert not list(volume.glob(f"{model.name}/*"))
     assert lease.exists()
     assert models.contents(lease.with_suffix("") / "files") == models.contents(model)
+
+
+def test_nor_does_one_whose_downloads_others_have_taken_over(volume: Path, model: Path) -> None:
+    target = DirectoryVolume(volume)
+    with target.downloads("m", progress=Progress()) as downloads:
+        shutil.copytree(model, downloads)
+        lease = downloads.parent.with_name(f"{downloads.parent.name}.lease")
+        owner = json.loads(lease.read_text())
+        lease.write_text(json.dumps({**owner, "host": "another", "token": "its own"}).ljust(512))
+        with pytest.raises(WeightctlError, match="another process has taken it over"):
+            target.publish(
+                read_directory(downloads), "m", downloads=downloads, config=Config(workers=2), progress=Progress()
+            )
+    assert not list(volume.glob("m/*"))
+    assert models.contents(downloads) == models.contents(model)
 
 
 def test_a_disk_that_is_full_from_the_start(model: Path, tmp_path: Path) -> None:

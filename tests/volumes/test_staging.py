@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 import signal
 from pathlib import Path
 
@@ -13,6 +16,8 @@ from tests.volumes.directory import READ, publish, staged
 from weightctl.progress import Progress
 from weightctl.sources.directory import read_directory
 from weightctl.volumes import DirectoryVolume, publishing
+from weightctl.volumes.leases import Owner
+from weightctl.volumes.staging import Staging
 
 
 def test_prune_sweeps_dead_pushes_and_leaves_living_ones(volume: Path, tmp_path: Path) -> None:
@@ -30,6 +35,17 @@ def test_prune_sweeps_dead_pushes_and_leaves_living_ones(volume: Path, tmp_path:
     assert DirectoryVolume(volume).prune(dry_run=True, progress=Progress()).leftovers == 1
     assert DirectoryVolume(volume).prune(progress=Progress()).leftovers == 1
     assert staged(volume) == []
+
+
+def test_what_another_has_taken_over_is_its_own(tmp_path: Path) -> None:
+    """Even where the disk is full."""
+    staging = Staging(tmp_path)
+    with pytest.raises(OSError, match="No space left"), staging.work("m@1") as work:  # noqa: PT012
+        (tmp_path / "m@1.lease").write_text(json.dumps(vars(Owner("another", 1, "", False, ""))).ljust(512))
+        assert not staging.is_ours(work)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert work.is_dir()
+    assert (tmp_path / "m@1.lease").exists()
 
 
 def test_a_push_of_another_model_clears_away_what_a_dead_one_has_staged(volume: Path, tmp_path: Path) -> None:

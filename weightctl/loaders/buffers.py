@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from weightctl.errors import WeightctlError
@@ -93,3 +94,22 @@ class Buffers:
             f"the model does not fit on {self.device}: {needed} bytes are needed, {self._free()} are free",
             "free some of it, load to another device, or load fewer tensors",
         )
+
+
+@contextlib.contextmanager
+def let_go_of_errors() -> Iterator[None]:
+    """Clear the variables of all that an error of the block came through: whoever keeps the error, as `except` does,
+    would keep the memory that they hold. Those of the block's own function stay."""
+    try:
+        yield
+    except BaseException as error:
+        pending: list[BaseException | None] = [error]
+        cleared: list[BaseException | None] = [None]
+        while pending:
+            one = pending.pop()
+            if one not in cleared:
+                assert one is not None
+                cleared.append(one)
+                traceback.clear_frames(one.__traceback__)
+                pending += [one.__cause__, one.__context__]
+        raise

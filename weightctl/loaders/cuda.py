@@ -65,7 +65,7 @@ class Driver:
 
     def _require(self, status: int) -> None:
         if status:
-            raise WeightctlError(f"the copy to the device failed: CUDA error {status}", "see what nvidia-smi reports")
+            raise WeightctlError(f"the device failed: CUDA error {status}", "see what nvidia-smi reports")
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from weightctl.config import Config
 from weightctl.loaders.base import Loader, loaders
 from weightctl.loaders.blocks import PAGE_BYTES, Block, Shard, blocks_of, lay_out
-from weightctl.loaders.buffers import Buffers
+from weightctl.loaders.buffers import Buffers, let_go_of_errors
 from weightctl.loaders.lanes import CudaLane, Lane, StraightLane, pinned
 from weightctl.loaders.reading import Source
 from weightctl.loaders.safetensors import watched_checkpoint
@@ -102,14 +102,13 @@ def load_shards(shards: Sequence[Shard], device: str, lane: type[Lane], tuning: 
                 pause(0)
                 mine.bring(index, block)
 
-    # As many as blocks, or a few more where there are few.
-    readers = min(tuning.readers, sum(1 + run.nbytes // tuning.block_bytes for shard in shards for run in shard.runs))
     try:
-        if readers:
-            in_parallel(bring, range(readers), readers)
-        return buffers.tensors()
+        with let_go_of_errors():
+            if any(shard.runs for shard in shards):
+                in_parallel(bring, range(tuning.readers), tuning.readers)
+            return buffers.tensors()
     finally:
-        buffers.clear()  # the traceback of an error would keep them
+        buffers.clear()
 
 
 class Supply:

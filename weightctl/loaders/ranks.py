@@ -89,7 +89,7 @@ class Ranks:
         import torch
 
         encoded = json.dumps(letter).encode()
-        longest = int(self._gather(torch.tensor([len(encoded)])).max())
+        longest = int(self._gather(torch.tensor([len(encoded)], device="cpu")).max())
         letters = self._gather(torch.frombuffer(bytearray(encoded.ljust(longest)), dtype=torch.uint8))
         found = [json.loads(bytes(letter.tolist())) for letter in letters]
         self._over = any("error" in letter for letter in found)

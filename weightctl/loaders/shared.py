@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from weightctl.errors import IntegrityError, UsageError
 from weightctl.loaders.base import Loader
+from weightctl.loaders.buffers import let_go_of_errors
 from weightctl.loaders.ranks import Letter, Ranks, check_backend, this_host
 from weightctl.loaders.relay import Relay
 from weightctl.loaders.safetensors import watched_checkpoint
@@ -72,7 +73,10 @@ class SharedLoader(Loader):
 
 
 def _load_together(ranks: Ranks, wanted: Callable[[], Wanted], plan: Plan) -> dict[str, torch.Tensor]:
-    with contextlib.ExitStack() as files:
+    import torch
+
+    # Of what is made in inference mode, the threads, which are not in it, may change nothing.
+    with torch.inference_mode(False), contextlib.ExitStack() as files, let_go_of_errors():
         (asked, _), letters = ranks.agree(lambda: _read_headers(wanted(), plan, ranks, files), lambda read: read[1])
         _check_alike(letters)
         team = ranks.team([letter["host"] for letter in letters])
@@ -86,7 +90,7 @@ def _load_together(ranks: Ranks, wanted: Callable[[], Wanted], plan: Plan) -> di
             ranks.agree(bring)
             return relay.buffers.tensors()
         finally:
-            relay.clear()  # the traceback of an error would keep them
+            relay.clear()
 
 
 def _read_headers(wanted: Wanted, plan: Plan, ranks: Ranks, files: contextlib.ExitStack) -> tuple[Asked, Letter]:

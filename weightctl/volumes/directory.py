@@ -56,7 +56,7 @@ class DirectoryVolume(Volume):
 
         with (
             translated_os_errors(f"write to the volume {self.path}"),
-            self._mount.staging.work(f"{flat(_check_name(name))}@download", tell) as (work, _),
+            self._mount.staging.work(f"{flat(_check_name(name))}@download", tell) as work,
         ):
             yield work / "files"
 

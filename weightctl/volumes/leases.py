@@ -244,7 +244,9 @@ def _is_at(descriptor: int, path: Path) -> bool:
     """Whether the open lease still is the one at `path`."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESTALE):  # NFS says of what is gone that its handle is stale
+            raise
         return False
 
 

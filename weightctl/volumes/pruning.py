@@ -30,7 +30,7 @@ def prune(
     doomed = [version for version in old if not version.readers]
     if doomed and not dry_run:
         tell = "another process is pruning the volume: waiting for it"
-        with mount.staging.work(PRUNING, lambda: progress.note(tell)) as (trash, _):
+        with mount.staging.work(PRUNING, lambda: progress.note(tell)) as trash:
             discarded = {version: place for version in doomed if (place := _discard(mount, version, trash))}
             doomed = list(discarded)
             freed = _bytes_only_in(list(discarded.values()))

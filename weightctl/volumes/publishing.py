@@ -45,12 +45,12 @@ class Push:
         mount, flat_name = self.mount, flat(self.name)
         mount.check()
         mount.check_place(self.name)
-        with mount.staging.work(f"{flat_name}@{_key(snapshot)}", self._tell) as (work, lease):
+        with mount.staging.work(f"{flat_name}@{_key(snapshot)}", self._tell) as work:
             snapshot = self._identified(snapshot)
             mount.staging.sweep((f"{flat_name}@", PRUNING))
             staging = downloads or work / "files"
             while True:
-                mount.check()
+                self._check(work, downloads)
                 path = place(mount, snapshot, self.name)
                 there = path if path and path.is_dir() else None
                 missing = self._damaged(snapshot, there) if there else snapshot.files
@@ -63,12 +63,7 @@ class Push:
                 )
                 path = _path(mount, snapshot, self.name)
                 with mount.naming(self.name):
-                    mount.check()
-                    if not lease.is_ours():
-                        raise WeightctlError(
-                            "this push stood still for so long that another process has taken it over",
-                            "push again, to see how far that one is",
-                        )
+                    self._check(work, downloads)
                     if path.is_dir() != (there is not None):
                         continue  # it was pruned meanwhile, or is one that nobody knew by its hashes
                     if there:
@@ -80,6 +75,16 @@ class Push:
                         self._wait_until_readable(snapshot, path)
                         mount.point_latest(path, work)
                     return Published(path.name, path, copied, snapshot.bytes - copied)
+
+    def _check(self, work: Path, downloads: Path | None) -> None:
+        """Raises WeightctlError if the volume is no longer what it was, or what is staged no longer ours."""
+        self.mount.check()
+        for directory in (work, downloads.parent) if downloads else (work,):
+            if not self.mount.staging.is_ours(directory):
+                raise WeightctlError(
+                    "this push stood still for so long that another process has taken it over",
+                    "push again, to see how far that one is",
+                )
 
     def _tell(self) -> None:
         self.progress.note(f"another process is pushing the same to {self.mount.path}: waiting for it")

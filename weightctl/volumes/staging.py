@@ -18,14 +18,14 @@ class Staging:
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        self._leases: dict[Path, leases.Lease] = {}
 
     @contextlib.contextmanager
-    def work(self, key: str, on_wait: Callable[[], object] = lambda: None) -> Iterator[tuple[Path, leases.Lease]]:
-        """The directory of the work `key`, which one process at a time does, with what a dead one left in it; and the
-        lease of who does it.
+    def work(self, key: str, on_wait: Callable[[], object] = lambda: None) -> Iterator[Path]:
+        """The directory of the work `key`, which one process at a time does, with what a dead one left in it.
 
         It is removed when the block ends well, and kept for the next one when it does not; where the disk is full,
-        room is worth more to everybody than work half done.
+        room is worth more to everybody than work half done. If another process has taken it over, it is that one's.
         """
         storage.make_directories(self._root, 0o755)
         directory = self._root / key
@@ -33,14 +33,21 @@ class Staging:
             for link in links_in(directory):
                 link.unlink()
             directory.mkdir(exist_ok=True)
+            self._leases[directory] = lease
             try:
-                yield directory, lease
+                yield directory
             except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                if error.errno in (errno.ENOSPC, errno.EDQUOT) and lease.is_ours():
                     shutil.rmtree(directory, ignore_errors=True)
                 raise
+            finally:
+                del self._leases[directory]
             if lease.is_ours():
                 _remove(directory)
+
+    def is_ours(self, directory: Path) -> bool:
+        """Whether the work in this directory still is, whose block has not ended: see `Lease.is_ours`."""
+        return self._leases[directory].is_ours()
 
     def sweep(self, prefixes: tuple[str, ...], *, dry_run: bool = False) -> int:
         """Remove the work whose key begins so and whose process is dead; how much there was."""
