@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import re
 import urllib.parse
 from collections.abc import Callable, Mapping
@@ -68,6 +69,8 @@ def _is_host(registry: str | None) -> bool:
     """Whether a registry can have that name: an address that is one, a port that is one, and no label too long."""
     try:
         parts = urllib.parse.urlsplit(f"//{registry or ''}")
+        if parts.netloc.startswith("["):  # what is in brackets Python 3.10 takes as it is
+            ipaddress.IPv6Address(parts.hostname or "")
         return parts.port != 0 and all(len(label) < 64 for label in (parts.hostname or "").split("."))
     except ValueError:
         return False
