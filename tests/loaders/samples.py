@@ -96,4 +96,5 @@ def mark(where: bytearray, start: int, count: int) -> None:
 
 def bytes_in_tensors() -> int:
     """Of all that live in this process."""
-    return sum(thing.nbytes for thing in gc.get_objects() if type(thing) is torch.Tensor)
+    gc.collect()
+    return sum(thing.numel() * thing.element_size() for thing in gc.get_objects() if type(thing) is torch.Tensor)

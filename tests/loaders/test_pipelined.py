@@ -135,7 +135,7 @@ def nothing_left() -> Iterator[None]:
     device = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     host = bytes_in_tensors()
     yield
-    assert bytes_in_tensors() == host
+    assert bytes_in_tensors() <= host
     assert not set(threading.enumerate()) - threads
     assert len(os.listdir("/proc/self/fd")) <= files
     assert len(Path("/proc/self/maps").read_text().splitlines()) <= mapped + 100  # threads map some, and that stays
