@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -36,7 +37,7 @@ class Crew:
     def do(
         self, size: int, job: Callable[..., Any], *arguments: Any, each: list[tuple[Any, ...]] | None = None
     ) -> list[Any]:
-        """What `job(group, device, *arguments)` gives, or the WeightctlError that it raises, on the first `size` ranks.
+        """What `job(group, device, *arguments)` gives, or the error that it raises, on the first `size` ranks.
 
         `each` has more arguments, for each rank its own.
         """
@@ -100,4 +101,6 @@ def _work(rank: int, size: int, device: str, timeout: float, store: str, connect
             answer = job(groups[count - 1], device, *arguments)
         except WeightctlError as error:
             answer = error
+        except Exception:  # noqa: BLE001
+            answer = AssertionError(traceback.format_exc())
         connection.send(answer)
