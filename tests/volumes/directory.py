@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from weightctl.config import Config
 from weightctl.progress import Progress
 from weightctl.sources.directory import read_directory
 from weightctl.volumes import DirectoryVolume, Published
+from weightctl.volumes.leases import Owner
 
 READ = "weightctl.volumes.copying._read"
 """Called for each block of a file."""
@@ -34,6 +36,12 @@ def staged(volume: Path) -> list[Path]:
     """What lies in the volume out of sight, besides locks and manifests."""
     control = volume / ".weightctl"
     return [*(control / "staging").glob("*"), *control.rglob("*.weightctl-tmp")]
+
+
+def write_lease(lease: Path, *, host: str = "elsewhere", mount: str = "another kernel 7", locked: bool = True) -> None:
+    """The lease of a process on another host, whose lock nobody here sees."""
+    owner = Owner(host, 4711, mount, locked, "token")
+    lease.write_text(json.dumps(vars(owner)).ljust(512))
 
 
 def rot(path: Path) -> None:

@@ -13,18 +13,13 @@ import pytest
 
 from tests import models
 from tests.disk import fork, lacking, small_disk
+from tests.volumes.directory import write_lease
 from weightctl.volumes import leases
 
 
 @pytest.fixture
 def lease(tmp_path: Path) -> Path:
     return tmp_path / "x.lease"
-
-
-def write(lease: Path, *, host: str = "elsewhere", mount: str = "another kernel 7", locked: bool = True) -> None:
-    """The lease of a process on another host, whose lock nobody here sees."""
-    owner = leases.Owner(host, 4711, mount, locked, "token")
-    lease.write_text(json.dumps(vars(owner)).ljust(512))
 
 
 def age(lease: Path, seconds: float) -> None:
@@ -90,7 +85,7 @@ def test_what_a_killed_process_held(lease: Path, without: tuple[str, ...]) -> No
 
 @pytest.mark.parametrize("locked", [True, False])
 def test_a_living_process_on_another_host_is_not_taken_for_dead(lease: Path, locked: bool) -> None:
-    write(lease, locked=locked)
+    write_lease(lease, locked=locked)
     for silent in (0, leases.HEARTBEAT_SECONDS, leases.SILENCE_SECONDS / 2):
         age(lease, silent)
         assert str(leases.owner_of(lease)) == "elsewhere:4711"
@@ -100,7 +95,7 @@ def test_a_living_process_on_another_host_is_not_taken_for_dead(lease: Path, loc
 
 @pytest.mark.parametrize("locked", [True, False])
 def test_a_dead_process_on_another_host_expires(lease: Path, locked: bool) -> None:
-    write(lease, locked=locked)
+    write_lease(lease, locked=locked)
     age(lease, leases.SILENCE_SECONDS + 1)
     assert leases.owner_of(lease) is None
     assert can_be_had(lease)
@@ -110,9 +105,9 @@ def test_another_mount_on_this_machine_is_another_host(lease: Path) -> None:
     """Two FUSE mounts of one volume share the kernel but no locks."""
     lease.touch()
     mount = f"{leases._boot()} {lease.stat().st_dev}"
-    write(lease, mount=mount + "1")
+    write_lease(lease, mount=mount + "1")
     assert not can_be_had(lease)
-    write(lease, mount=mount)
+    write_lease(lease, mount=mount)
     assert can_be_had(lease)
 
 
@@ -131,14 +126,14 @@ def test_a_lease_without_a_name_is_left_to_its_owner_for_a_moment(
 
 def test_a_clock_that_is_wrong_here_kills_nobody(lease: Path) -> None:
     """A heartbeat from the future is not silence."""
-    write(lease)
+    write_lease(lease)
     age(lease, -3600)
     assert not can_be_had(lease)
 
 
 def test_two_who_take_over_a_silent_lease(lease: Path) -> None:
     """Without locks both write their names; one of them stands."""
-    write(lease, locked=False)
+    write_lease(lease, locked=False)
     age(lease, leases.SILENCE_SECONDS + 1)
     holding = lease.parent / "holding"
     holding.mkdir()
@@ -169,7 +164,7 @@ def test_a_holder_beats(lease: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_whoever_was_taken_for_dead_leaves_the_lease_to_its_new_owner(lease: Path) -> None:
     """As a host that was suspended for longer than its silence is borne."""
     with leases.held(lease):
-        write(lease, host="another")
+        write_lease(lease, host="another")
     assert str(leases.owner_of(lease)) == "another:4711"
     assert not can_be_had(lease)
 
@@ -213,7 +208,7 @@ def test_the_lock_alone_holds_a_lease_that_has_no_room(tmp_path: Path) -> None:
 def test_a_lease_that_is_let_go_at_this_moment_is_not_taken(lease: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its file is gone: another may have made, and taken, the next one."""
     lease.touch()
-    write(lease, mount=f"{leases._boot()} {lease.stat().st_dev}")
+    write_lease(lease, mount=f"{leases._boot()} {lease.stat().st_dev}")
     lock = leases._lock
 
     def let_go_and_lock(descriptor: int, *, wait: bool) -> bool | None:
@@ -225,8 +220,8 @@ def test_a_lease_that_is_let_go_at_this_moment_is_not_taken(lease: Path, monkeyp
 
 
 def test_of_two_who_take_over_the_last_one_stands(lease: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(lease, locked=False)
+    write_lease(lease, locked=False)
     age(lease, leases.SILENCE_SECONDS + 1)
-    monkeypatch.setattr(time, "sleep", lambda seconds: write(lease, host="another"))  # while we settle
+    monkeypatch.setattr(time, "sleep", lambda seconds: write_lease(lease, host="another"))  # while we settle
     assert leases._acquire(lease) is None
     assert str(leases.owner_of(lease)) == "another:4711"

@@ -15,7 +15,7 @@ from tests import models
 from tests.command import start, start_halting
 from tests.disk import fork, lacking, small_disk
 from tests.models import SHARD_BYTES
-from tests.volumes.directory import READ, problems, publish, rot, staged
+from tests.volumes.directory import READ, problems, publish, rot, staged, write_lease
 from weightctl.config import Config
 from weightctl.errors import WeightctlError
 from weightctl.progress import Progress
@@ -111,8 +111,7 @@ def test_a_push_that_stood_still_for_too_long_publishes_nothing(volume: Path, mo
     """A host that does not see its lock has taken it for dead, and goes on where it was."""
     process = start_halting(signal.SIGSTOP, READ, 1, "push-volume", model, volume)
     (lease,) = (volume / ".weightctl" / "staging").glob("*.lease")
-    owner = json.loads(lease.read_text())
-    lease.write_text(json.dumps({**owner, "host": "another", "token": "its own"}).ljust(512))
+    write_lease(lease)
     process.send_signal(signal.SIGCONT)
     _, errors = process.communicate()
     assert process.returncode == 1
@@ -127,8 +126,7 @@ def test_nor_does_one_whose_downloads_others_have_taken_over(volume: Path, model
     with target.downloads("m", progress=Progress()) as downloads:
         shutil.copytree(model, downloads)
         lease = downloads.parent.with_name(f"{downloads.parent.name}.lease")
-        owner = json.loads(lease.read_text())
-        lease.write_text(json.dumps({**owner, "host": "another", "token": "its own"}).ljust(512))
+        write_lease(lease)
         with pytest.raises(WeightctlError, match="another process has taken it over"):
             target.publish(
                 read_directory(downloads), "m", downloads=downloads, config=Config(workers=2), progress=Progress()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 from pathlib import Path
@@ -12,11 +11,10 @@ import pytest
 
 from tests import models
 from tests.command import start_halting
-from tests.volumes.directory import READ, publish, staged
+from tests.volumes.directory import READ, publish, staged, write_lease
 from weightctl.progress import Progress
 from weightctl.sources.directory import read_directory
 from weightctl.volumes import DirectoryVolume, publishing
-from weightctl.volumes.leases import Owner
 from weightctl.volumes.staging import Staging
 
 
@@ -41,7 +39,7 @@ def test_what_another_has_taken_over_is_its_own(tmp_path: Path) -> None:
     """Even where the disk is full."""
     staging = Staging(tmp_path)
     with pytest.raises(OSError, match="No space left"), staging.work("m@1") as work:  # noqa: PT012
-        (tmp_path / "m@1.lease").write_text(json.dumps(vars(Owner("another", 1, "", False, ""))).ljust(512))
+        write_lease(tmp_path / "m@1.lease")
         assert not staging.is_ours(work)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert work.is_dir()

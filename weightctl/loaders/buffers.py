@@ -103,13 +103,8 @@ def let_go_of_errors() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        pending: list[BaseException | None] = [error]
-        cleared: list[BaseException | None] = [None]
-        while pending:
-            one = pending.pop()
-            if one not in cleared:
-                assert one is not None
-                cleared.append(one)
-                traceback.clear_frames(one.__traceback__)
-                pending += [one.__cause__, one.__context__]
+        chain = [error]
+        for one in chain:
+            traceback.clear_frames(one.__traceback__)
+            chain += [other for other in (one.__cause__, one.__context__) if other and other not in chain]
         raise

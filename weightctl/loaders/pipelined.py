@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 4 << 20
 """Read at once. Two such slabs a reader stay in its processor's cache while they are read and sent: on an H100 with 16
-cores, 15.8 GiB warm and twelve readers, slabs of 4 MiB bring 44.8 GB/s, of 8 MiB 37.4 (they fall out of the cache), of
-2 MiB 21.8 (Python's lock)."""
+cores, 8.4 GB warm and twelve readers, slabs of 4 MiB bring 43 GB/s, of 8 MiB 42, of 2 MiB 26 (Python's lock). This and
+what follows is of one sweep (docs/measured.md), whose runs of the same tuning differed by 1 GB/s."""
 
 SLABS = 2
-"""Of each reader: into one it reads, from the other is copied. With three, 42.9 GB/s."""
+"""Of each reader: into one it reads, from the other is copied. With one, 40 GB/s; with three, 45."""
 
 READER_SHARE = 3 / 4
-"""Of the processors: with a reader on each of the 16, 39.7 GB/s."""
+"""Of the processors: with a reader on each of the 16, 42 GB/s; with eight, 45."""
 
 RING_SHARE = 2
 """A small model gets a ring of this part of it: pinning memory costs more than reading into it."""
